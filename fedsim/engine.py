@@ -1,0 +1,104 @@
+"""What carries tasks to clients and brings answers back: the only part that differs between uses.
+
+An arrival is announced by its metadata; its vectors are asked for when the window closes, in the
+order in which they are to be folded. In simulation that is when they are computed, in blocks, so
+that a device in flight costs nothing but the training that counts; on a coordinator they lie in
+files by then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+from fedsim.types import Ids, Task, UpdateBlock
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Opened:
+    """A window opened: its tasks may be dispatched."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Arrived:
+    """Clients answered, [b] ids and the versions they started from."""
+
+    ids: Ids
+    base_version: Ids
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Failed:
+    """Clients will not answer: dropped out, crashed, or their training raised."""
+
+    ids: Ids
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Refused:
+    """The server looked at these answers and refused them (not finite, no weight)."""
+
+    ids: Ids
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Joined:
+    ids: Ids
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Left:
+    ids: Ids
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Timer:
+    """A timer that the scheduler had set went off."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Drained:
+    """Nothing is in flight and no timer runs: no further event can come."""
+
+
+Event = Opened | Arrived | Failed | Refused | Joined | Left | Timer | Drained
+
+
+class Engine(Protocol):
+    """Carries tasks; owns devices, processes and the clock, never mathematics."""
+
+    @property
+    def now(self) -> float:
+        """Seconds of the run's clock: virtual in simulation."""
+        ...
+
+    def submit(self, task: Task) -> None:
+        """Send a task to its clients."""
+        ...
+
+    def set_timer(self, name: str, at: float) -> None:
+        """Emit ``Timer(name)`` when the clock reaches `at`."""
+        ...
+
+    def next_event(self) -> Event:
+        """The next event in time; `Drained` when none can come."""
+        ...
+
+    def collect(self, ids: Ids) -> Iterator[UpdateBlock | Failed]:
+        """The answers of these clients in the order of the engine's plan for them."""
+        ...
+
+    def commit(self, ids: Ids) -> None:
+        """These answers were folded into a committed model: their client states become current."""
+        ...
+
+    def cancel(self) -> None:
+        """Forget everything in flight and every timer."""
+        ...
+
+    def close(self) -> None: ...

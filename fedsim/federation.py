@@ -1,0 +1,447 @@
+"""The loop: open a window, follow its events, fold what counts, apply, commit.
+
+The same lines serve simulation and deployment; only the engine differs. Nothing here knows a model,
+a data set or a network.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedsim import rounds
+from fedsim.buffers import BufferFold, Buffers
+from fedsim.engine import Arrived, Engine, Failed, Opened, Refused
+from fedsim.errors import AllRefused, QuorumNotReached, RunFailed
+from fedsim.local import LocalSpec
+from fedsim.reduce import Rows, Sums
+from fedsim.rounds import Status, WindowState
+from fedsim.rows import RowStore
+from fedsim.schedulers import CloseWindow, Dispatch, Scheduler, SetTimer, View
+from fedsim.strategy import Strategy
+from fedsim.transform import Observed, Observer, UpdateTransform
+from fedsim.types import Bools, Floats, Ids, Meta, Task, UpdateBlock, WindowInfo
+
+Sample = Callable[[int, int, int], Ids]  # (round, attempt, count) -> ids, ascending
+
+
+class RunState(NamedTuple):
+    """All of a run's server side that a checkpoint saves, a pytree (Any: the strategy's own state).
+
+    Args:
+        round_index: windows completed.
+        version: updates of the model so far.
+        clock: seconds of the run's clock.
+        failures: consecutive failed attempts.
+        strategy: its state.
+        buffers: the model's buffers.
+        transform: server-side state of the transforms.
+    """
+
+    round_index: int
+    version: int
+    clock: float
+    failures: int
+    strategy: Any
+    buffers: Buffers
+    transform: Any
+
+
+@dataclass(slots=True)
+class ClientLog:
+    """What happened to each client of a window, for ``clients.jsonl``; filled block by block."""
+
+    columns: dict[str, list[Any]] = field(default_factory=dict)  # Any: columns differ in type
+
+    def add(self, block: UpdateBlock, verdicts: Sequence[str], norms: Floats, bytes_up: int) -> None:
+        new = {
+            "client": block.ids.tolist(),
+            "verdict": list(verdicts),
+            "examples": block.examples.tolist(),
+            "steps": block.local_steps.tolist(),
+            "norm": norms.tolist(),
+            "seconds": block.train_seconds.tolist(),
+            "bytes_up": [bytes_up] * len(block),
+            **{name: values.tolist() for name, values in block.metrics.items()},
+        }
+        for name, values in new.items():
+            self.columns.setdefault(name, []).extend(values)
+
+    def add_missing(self, client: int, verdict: str, reason: str) -> None:
+        row: dict[str, Any] = {"client": client, "verdict": verdict, "reason": reason}
+        length = len(self.columns.get("client", []))
+        for name in {*self.columns, *row}:
+            column = self.columns.setdefault(name, [None] * length)
+            column.append(row.get(name))
+
+
+@dataclass(slots=True)
+class Collected:
+    """What has been folded of the open window."""
+
+    reduced: Sums | Rows
+    buffers: BufferFold
+    clients: ClientLog
+    done: list[Ids] = field(default_factory=list)
+    kept: list[Ids] = field(default_factory=list)
+    bytes_up: int = 0
+    loss: float = 0.0
+    loss_weight: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Outcome:
+    """One window as it went; `record` is what ``metrics.jsonl`` gets."""
+
+    record: dict[str, Any]  # Any: numbers and words
+    clients: ClientLog
+    reasons: tuple[tuple[int, str], ...]
+    error: RunFailed | None = None
+
+
+class Federation:
+    """A strategy, a scheduler and an engine, run window by window.
+
+    Args:
+        strategy, engine, scheduler: the three parts.
+        sample: who may be asked.
+        spec: local training as configured.
+        state: to start or to continue from.
+        rows: what the server holds for each client, for strategies that `lend`.
+        population: N, fixed for the run.
+        transform: on the way of an update, None for none.
+        observers: called with everything that a curious server sees.
+        seed: of the run, for transforms.
+    """
+
+    def __init__(
+        self,
+        strategy: Strategy,
+        engine: Engine,
+        scheduler: Scheduler,
+        *,
+        sample: Sample,
+        spec: LocalSpec,
+        state: RunState,
+        rows: RowStore,
+        population: int,
+        transform: UpdateTransform | None = None,
+        observers: Sequence[Observer] = (),
+        seed: int = 0,
+    ) -> None:
+        self.strategy = strategy
+        self.engine = engine
+        self.scheduler = scheduler
+        self.sample = sample
+        self.spec = spec
+        self.state = state
+        self.rows = rows
+        self.population = population
+        self.transform = transform
+        self.observers = tuple(observers)
+        self.seed = seed
+        self._bytes_down = 0
+        self._opened_at = 0.0
+
+    @property
+    def model(self) -> Tensor:
+        """x [D], what is evaluated."""
+        return self.strategy.model(self.state.strategy)
+
+    def run_window(self) -> Outcome:
+        """One window to its commit or its failure; `state` moves on only with the commit."""
+        window = rounds.begin(self.state.round_index, attempt=self.state.failures)
+        collected = self._nothing_collected()
+        self._bytes_down = 0
+        self._opened_at = self.engine.now
+        event: Any = Opened()
+        pending: list[Any] = []
+        while True:
+            close = False
+            for command in self.scheduler.on_event(self._view(window), event):
+                if isinstance(command, Dispatch):
+                    window = self._dispatch(window, command.ids)
+                elif isinstance(command, SetTimer):
+                    self.engine.set_timer(command.name, command.at)
+                elif isinstance(command, CloseWindow):
+                    close = True
+            if close:
+                window, refused = self._fold_received(window, collected)
+                reopen = bool(refused) and not self._satisfied(window)
+                if not reopen or not window.count(Status.IN_FLIGHT):
+                    return self._conclude(window, collected)
+                pending.extend(refused)
+            event = pending.pop(0) if pending else self.engine.next_event()
+            if isinstance(event, Arrived | Failed):
+                window, _ = rounds.on_event(window, event)
+
+    def _nothing_collected(self) -> Collected:
+        gather = self.strategy.fold == "gather"
+        return Collected(Rows() if gather else Sums(), BufferFold(self.state.buffers), ClientLog())
+
+    def _view(self, window: WindowState) -> View:
+        return View(
+            window.index,
+            self.state.version,
+            window.attempt,
+            self.engine.now,
+            self.population,
+            window.count(Status.IN_FLIGHT),
+            window.count(Status.RECEIVED),
+            lambda count: self.sample(window.index, window.attempt, count),
+        )
+
+    def _satisfied(self, window: WindowState) -> bool:
+        return window.count(Status.RECEIVED) >= max(1, self.scheduler.quorum)
+
+    def _dispatch(self, window: WindowState, ids: Ids) -> WindowState:
+        if not len(ids):
+            return window
+        state = self.state
+        spec, steps = self.strategy.plan(
+            state.strategy, self.spec.at_round(state.round_index), window.index, ids
+        )
+        message = self.strategy.broadcast(state.strategy)
+        if self.transform is not None and self.transform.downlink is not None:
+            encode, decode = self.transform.downlink
+            message = message._replace(vectors=decode(encode(message.vectors)))
+
+        def lend(some: Ids) -> Any:
+            return self.strategy.lend(state.strategy, self.rows, some)
+
+        task = Task(ids, state.version, window.index, window.attempt, message, lend, spec, steps)
+        down = sum(v.numel() * v.element_size() for v in message.vectors.values())
+        down += 8 * len(message.scalars) + state.buffers.bytes
+        lent = lend(ids[:1])
+        down += sum(t[0].numel() * t.element_size() for t in lent.values()) if lent else 0
+        self._bytes_down += down * len(ids)
+        self.engine.submit(task)
+        self._message = message
+        return rounds.dispatched(window, ids, state.version)
+
+    def _fold_received(self, window: WindowState, collected: Collected) -> tuple[WindowState, list[Refused]]:
+        """Fold what was received and not yet folded; returns what had to be refused."""
+        received = window.having(Status.RECEIVED)
+        if self.scheduler.mode == "async":
+            received = window.received_in_order
+        if collected.done:
+            received = received[~np.isin(received, np.concatenate(collected.done))]
+        refused: list[Refused] = []
+        if not len(received):
+            return window, refused
+        collected.done.append(received)
+        for answer in self.engine.collect(received):
+            if isinstance(answer, Failed):
+                for client in answer.ids.tolist():
+                    collected.clients.add_missing(client, "lost", answer.reason)
+                window = replace(
+                    window,
+                    status=np.where(np.isin(window.ids, answer.ids), np.int8(Status.LOST), window.status),
+                    reasons=(*window.reasons, *((int(i), answer.reason) for i in answer.ids)),
+                )
+                continue
+            for event in self._fold(answer, collected):
+                refused.append(event)
+                window, _ = rounds.on_event(window, event)
+        return window, refused
+
+    def _fold(self, block: UpdateBlock, collected: Collected) -> list[Refused]:
+        """Check, weigh and fold one block."""
+        bytes_up = sum(v[0].numel() * v.element_size() for v in block.vectors.values())
+        bytes_up += 8 * len(block.scalars) + self.state.buffers.bytes
+        if self.transform is not None:
+            block = replace(block, vectors=self.transform.decode(block.vectors))
+        norms, finite = _norms(block)
+        weights, unwanted = self.strategy.weigh(self.state.strategy, self._meta(block))
+        bad_weight = ~np.isfinite(weights)
+        keep = finite & ~unwanted & ~bad_weight
+        verdicts = np.where(keep, "accepted", "refused").tolist()
+        collected.clients.add(block, verdicts, norms, bytes_up)
+        collected.bytes_up += bytes_up * len(block)
+        refused = [
+            Refused(block.ids[rows], reason)
+            for rows, reason in (
+                (~finite, "the update is not finite"),
+                (finite & (unwanted | bad_weight), "the update has no weight"),
+            )
+            if rows.any()
+        ]
+        if refused:
+            collected.clients.columns.setdefault("reason", [])
+            _note_reasons(collected.clients, refused)
+        if not keep.any():
+            return refused
+        if not keep.all():
+            block, weights = block.take(keep), weights[keep]
+        for observer in self.observers:
+            observer(Observed(self.state.round_index, self.state.version, self._message, block))
+        if isinstance(collected.reduced, Rows):
+            collected.reduced.add(block, weights)
+        else:
+            assert not isinstance(self.strategy.fold, str)
+            sums, new_rows = self.strategy.fold(self.state.strategy, block, weights, self.rows)
+            collected.reduced.add(sums)
+            self.rows.stage(block.ids, new_rows)
+        collected.buffers.add(block, weights)
+        collected.kept.append(block.ids)
+        if "loss" in block.metrics:
+            seen = block.examples.astype(np.float64)
+            collected.loss += float((block.metrics["loss"] * seen).sum())
+            collected.loss_weight += float(seen.sum())
+        return refused
+
+    def _meta(self, block: UpdateBlock) -> Meta:
+        version = self.state.version
+        versions = block.state_version
+        return Meta(
+            block.ids,
+            block.base_version,
+            version,
+            version - block.base_version,
+            block.examples,
+            block.local_steps,
+            block.normaliser,
+            block.train_seconds,
+            np.zeros(len(block), np.int64) if versions is None else versions,
+            {name: values.double().cpu().numpy() for name, values in block.scalars.items()},
+        )
+
+    def _conclude(self, window: WindowState, collected: Collected) -> Outcome:
+        """Apply and commit, or fail."""
+        in_flight = window.count(Status.IN_FLIGHT)
+        window = rounds.closed(window)
+        received = window.count(Status.RECEIVED)
+        refused = window.count(Status.REFUSED)
+        lost = window.count(Status.LOST)
+        late = window.late + (in_flight if self.scheduler.mode == "sync" else 0)
+        error = self._failure(window, received, refused)
+        metrics: dict[str, float] = {}
+        if error is None:
+            metrics = self._commit(window, collected, refused, late, lost)
+            outcome = "ok" if received == len(window.ids) else "partial" if received else "empty"
+        else:
+            outcome = "failed"
+            self.rows.discard()
+            self.state = self.state._replace(failures=self.state.failures + 1)
+        if self.scheduler.mode == "sync":
+            self.engine.cancel()
+        self.state = self.state._replace(clock=self.engine.now)
+        for client, reason in window.reasons:
+            if client not in collected.clients.columns.get("client", []):
+                collected.clients.add_missing(client, "lost", reason)
+        record = {
+            "round": self.state.round_index + (1 if error is not None else 0),
+            "version": self.state.version,
+            "outcome": outcome,
+            "cohort": len(window.ids),
+            "received": received,
+            "refused": refused,
+            "late": late,
+            "lost": lost,
+        }
+        if collected.loss_weight > 0:
+            record["train_loss"] = collected.loss / collected.loss_weight
+        record |= metrics
+        record["bytes_down"] = self._bytes_down
+        record["bytes_up"] = collected.bytes_up
+        record["clock_seconds"] = self.engine.now
+        return Outcome(record, collected.clients, window.reasons, error)
+
+    def _failure(self, window: WindowState, received: int, refused: int) -> RunFailed | None:
+        where = f"round {window.index + 1}"
+        if refused and not received:
+            reasons = sorted({reason for _, reason in window.reasons})
+            return AllRefused(
+                f"all {refused} answers of the round were refused",
+                where=where,
+                why="; ".join(reasons),
+                hint="lower [client] lr or set clip_norm if the updates diverge; clients.jsonl names "
+                "each client and reason",
+            )
+        if received < self.scheduler.quorum:
+            reasons = sorted({reason for _, reason in window.reasons})
+            return QuorumNotReached(
+                f"{received} of {len(window.ids)} clients answered, the quorum is {self.scheduler.quorum}",
+                where=where,
+                why="; ".join(reasons) or "nobody else answered before the deadline",
+                hint="lower [round] quorum, raise the deadline or overcommit",
+            )
+        return None
+
+    def _commit(
+        self, window: WindowState, collected: Collected, refused: int, late: int, lost: int
+    ) -> dict[str, float]:
+        ids = np.concatenate(collected.kept) if collected.kept else np.empty(0, np.int64)
+        state = self.state
+        info = WindowInfo(
+            window.index,
+            state.version,
+            ids,
+            self.population,
+            np.zeros(len(ids), np.int64),
+            self._opened_at,
+            self.engine.now,
+            refused,
+            late,
+            lost,
+        )
+        reduced: Any = collected.reduced.result()
+        transform_state = state.transform
+        if self.transform is not None and self.transform.after_reduce is not None:
+            transform_state, reduced = self.transform.after_reduce(state.transform, reduced, info, self.seed)
+        new, metrics = self.strategy.apply(state.strategy, reduced, info)
+        self.engine.commit(ids)
+        self.rows.commit(ids)
+        self.state = RunState(
+            state.round_index + 1,
+            state.version + 1,
+            self.engine.now,
+            0,
+            new,
+            collected.buffers.result(),
+            transform_state,
+        )
+        return {name: float(value) for name, value in metrics.items()}
+
+    def skip_window(self) -> None:
+        """After a failed window: let the round pass, the model stays."""
+        self.state = self.state._replace(round_index=self.state.round_index + 1, failures=0)
+
+
+def _norms(block: UpdateBlock) -> tuple[Floats, Bools]:
+    """[b] L2 norm of all that a client reported as "delta" (or of the first vector), and finiteness."""
+    finite = np.ones(len(block), bool)
+    norms = np.zeros(len(block))
+    for position, rows in enumerate(block.vectors.values()):
+        norm = torch.linalg.vector_norm(rows, dim=1)
+        if not bool(torch.isfinite(norm).all()):
+            # A norm may overflow where no entry does: look at the entries.
+            entries = torch.isfinite(rows).all(dim=1)
+            finite &= entries.cpu().numpy()
+            norm = torch.where(entries, torch.linalg.vector_norm(rows.double(), dim=1).to(norm.dtype), norm)
+        if position == 0:
+            norms = norm.double().cpu().numpy()
+    for values in block.scalars.values():
+        finite &= torch.isfinite(values).cpu().numpy()
+    if block.buffers is not None:
+        finite &= torch.isfinite(block.buffers).all(dim=1).cpu().numpy()
+    return norms, finite
+
+
+def _note_reasons(log: ClientLog, refused: Sequence[Refused]) -> None:
+    """Put the reason beside each refused client."""
+    clients = log.columns["client"]
+    column = log.columns["reason"]
+    column.extend([None] * (len(clients) - len(column)))
+    by_client = {int(i): event.reason for event in refused for i in event.ids}
+    for position, client in enumerate(clients):
+        if client in by_client and column[position] is None:
+            column[position] = by_client[client]
+
+
+FailurePolicy = Literal["retry", "skip", "stop"]

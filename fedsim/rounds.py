@@ -1,0 +1,193 @@
+"""The round as a pure state machine: who has answered, who is late, what may be folded.
+
+    PLANNED ──dispatch──▶ COLLECTING ──close──▶ CLOSED ──fold, apply──▶ COMMITTED
+                             ▲  │ Arrived / Failed / Refused
+                             └──┘               └──quorum missed──▶ FAILED ──▶ retry, skip or stop
+
+No input, no output, no clock, no threads: events go in, a new state and a verdict per answer come
+out. Duplicate, late and foreign answers leave the table as it is and are counted. A *window* is the
+general case (asynchronous schedulers close one without a cohort); a synchronous round is a window
+whose tasks are all cancelled when it closes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from enum import IntEnum
+
+import numpy as np
+import numpy.typing as npt
+
+from fedsim.engine import Arrived, Event, Failed, Left, Refused
+from fedsim.types import Ids
+
+
+class Status(IntEnum):
+    """Of one task in the window's table."""
+
+    IN_FLIGHT = 0
+    RECEIVED = 1
+    REFUSED = 2
+    LOST = 3
+
+
+class Verdict(IntEnum):
+    """On one answer."""
+
+    ACCEPTED = 0
+    DUPLICATE = 1
+    LATE = 2
+    FOREIGN = 3
+
+
+def _no_ids() -> Ids:
+    return np.empty(0, np.int64)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class WindowState:
+    """One window's table. Arrays are never changed, only replaced.
+
+    Args:
+        index: of the window, from 0.
+        attempt: how many times this window was retried.
+        ids, base_version, status: [t] the tasks dispatched, in cohort order.
+        arrival: [t] position in the order of arrival, -1 before.
+        closed: no further answer is taken.
+        duplicates, late, foreign: answers that were not taken.
+        reasons: why clients were refused or lost, (client, reason).
+    """
+
+    index: int
+    attempt: int = 0
+    ids: Ids = field(default_factory=_no_ids)
+    base_version: Ids = field(default_factory=_no_ids)
+    status: npt.NDArray[np.int8] = field(default_factory=lambda: np.empty(0, np.int8))
+    arrival: Ids = field(default_factory=_no_ids)
+    closed: bool = False
+    duplicates: int = 0
+    late: int = 0
+    foreign: int = 0
+    reasons: tuple[tuple[int, str], ...] = ()
+
+    def count(self, status: Status) -> int:
+        return int((self.status == status).sum())
+
+    def having(self, status: Status) -> Ids:
+        """Ids with that status, in cohort order."""
+        return self.ids[self.status == status]
+
+    @property
+    def received_in_order(self) -> Ids:
+        """Received ids in the order of arrival, ties by cohort position."""
+        rows = np.flatnonzero(self.status == Status.RECEIVED)
+        return self.ids[rows[np.argsort(self.arrival[rows], kind="stable")]]
+
+
+def begin(index: int, *, attempt: int = 0) -> WindowState:
+    """An empty window."""
+    return WindowState(index, attempt)
+
+
+def dispatched(state: WindowState, ids: Ids, version: int) -> WindowState:
+    """Add tasks for `ids` that start from `version`.
+
+    Raises:
+        ValueError: a client would have two tasks in flight.
+    """
+    flying = state.ids[state.status == Status.IN_FLIGHT]
+    if len(np.unique(ids)) != len(ids) or np.isin(ids, flying).any():
+        raise ValueError("a client has at most one task in flight")
+    new = len(ids)
+    return replace(
+        state,
+        ids=np.concatenate([state.ids, ids]),
+        base_version=np.concatenate([state.base_version, np.full(new, version, np.int64)]),
+        status=np.concatenate([state.status, np.full(new, Status.IN_FLIGHT, np.int8)]),
+        arrival=np.concatenate([state.arrival, np.full(new, -1, np.int64)]),
+    )
+
+
+def _latest_rows(state: WindowState, ids: Ids) -> Ids:
+    """Row of the latest task of each id, -1 for ids without one."""
+    if len(ids) == len(state.ids) and np.array_equal(ids, state.ids):
+        return np.arange(len(ids), dtype=np.int64)
+    order = np.argsort(state.ids, kind="stable")
+    at = np.searchsorted(state.ids[order], ids, side="right") - 1
+    found = (at >= 0) & (state.ids[order][np.maximum(at, 0)] == ids) if len(order) else at >= 0
+    return np.where(found, order[np.maximum(at, 0)] if len(order) else -1, -1).astype(np.int64)
+
+
+def on_event(state: WindowState, event: Event) -> tuple[WindowState, npt.NDArray[np.int8]]:
+    """The state after `event`, and for an arrival the verdict on each answer ([b] of Verdict)."""
+    none = np.empty(0, np.int8)
+    if isinstance(event, Arrived):
+        return _arrived(state, event)
+    if isinstance(event, Failed | Refused | Left):
+        taken = (Status.IN_FLIGHT, Status.RECEIVED) if isinstance(event, Refused) else (Status.IN_FLIGHT,)
+        rows = _latest_rows(state, event.ids)
+        rows = rows[rows >= 0]
+        rows = rows[np.isin(state.status[rows], taken)]
+        if not len(rows):
+            return state, none
+        status = state.status.copy()
+        status[rows] = Status.REFUSED if isinstance(event, Refused) else Status.LOST
+        reason = "left" if isinstance(event, Left) else event.reason
+        named = tuple((int(i), reason) for i in state.ids[rows])
+        return replace(state, status=status, reasons=state.reasons + named), none
+    return state, none
+
+
+def _arrived(state: WindowState, event: Arrived) -> tuple[WindowState, npt.NDArray[np.int8]]:
+    rows = _latest_rows(state, event.ids)
+    known = rows >= 0
+    safe = np.maximum(rows, 0)
+    verdict = np.full(len(rows), Verdict.FOREIGN, np.int8)
+    if known.any():
+        same = known & (state.base_version[safe] == event.base_version)
+        status = state.status[safe]
+        verdict[known & ~same] = Verdict.LATE
+        verdict[same & (status == Status.LOST)] = Verdict.LATE
+        answered = same & np.isin(status, (Status.RECEIVED, Status.REFUSED))
+        verdict[answered] = Verdict.DUPLICATE
+        flying = same & (status == Status.IN_FLIGHT)
+        verdict[flying] = Verdict.LATE if state.closed else Verdict.ACCEPTED
+        # The same answer twice in one event is one answer.
+        first = np.zeros(len(rows), bool)
+        first[np.unique(rows, return_index=True)[1]] = True
+        verdict[(verdict == Verdict.ACCEPTED) & ~first] = Verdict.DUPLICATE
+    accepted = rows[verdict == Verdict.ACCEPTED]
+    new_status, arrival = state.status.copy(), state.arrival.copy()
+    new_status[accepted] = Status.RECEIVED
+    start = int(arrival.max(initial=-1)) + 1
+    arrival[accepted] = start + np.arange(len(accepted))
+    counts = np.bincount(verdict, minlength=len(Verdict))
+    return (
+        replace(
+            state,
+            status=new_status,
+            arrival=arrival,
+            duplicates=state.duplicates + int(counts[Verdict.DUPLICATE]),
+            late=state.late + int(counts[Verdict.LATE]),
+            foreign=state.foreign + int(counts[Verdict.FOREIGN]),
+        ),
+        verdict,
+    )
+
+
+def closed(state: WindowState) -> WindowState:
+    """The window takes no further answer."""
+    return replace(state, closed=True)
+
+
+def carried_over(state: WindowState, *, index: int) -> WindowState:
+    """The next window of an asynchronous run: tasks still in flight go on in it."""
+    flying = state.status == Status.IN_FLIGHT
+    return WindowState(
+        index,
+        0,
+        state.ids[flying],
+        state.base_version[flying],
+        state.status[flying],
+        state.arrival[flying],
+    )

@@ -1,0 +1,170 @@
+"""Rows by client id: client states in simulation, and what a server holds for each client.
+
+Only clients that were touched have rows; the population costs one index. Rows are written to fresh
+slots and become visible with `commit`, so a refused or lost answer leaves the old ones in force, and
+a slot that the last checkpoint names is never overwritten: a checkpoint stores the index alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedsim.types import Bools, Ids
+
+SEGMENT_BYTES = 16 << 20
+
+
+class RowStore:
+    """Named rows [*shape] for each touched client.
+
+    Args:
+        population: N.
+        folder: where the segments are memory-mapped; None keeps them in memory.
+    """
+
+    def __init__(self, population: int, folder: Path | None = None) -> None:
+        self.folder = folder
+        self.layout: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+        self.slot_of = np.full(population, -1, np.int64)
+        self.version_of = np.zeros(population, np.int64)
+        self._staged: dict[int, int] = {}
+        self._segments: dict[str, list[Tensor]] = {}
+        self._free: list[int] = []
+        self._pinned = np.empty(0, np.int64)  # slots of the last checkpoint
+        self._held: list[int] = []  # replaced since, freed by the next checkpoint
+        self._slots = 0
+        self._per_segment = 1
+
+    def has(self, ids: Ids) -> Bools:
+        """[b] whether a committed row exists."""
+        return self.slot_of[ids] >= 0
+
+    def read(self, ids: Ids) -> dict[str, Tensor]:
+        """{name: [b, *shape]} of clients that all have rows, copied."""
+        slots = self.slot_of[ids]
+        if (slots < 0).any():
+            raise KeyError(f"client {ids[slots < 0][0]} has no row")
+        out = {}
+        for name, (shape, dtype) in self.layout.items():
+            rows = torch.empty((len(ids), *shape), dtype=dtype)
+            for row, slot in enumerate(slots):
+                rows[row] = self._at(name, int(slot))
+            out[name] = rows
+        return out
+
+    def stage(self, ids: Ids, rows: Mapping[str, Tensor]) -> None:
+        """Keep new rows [b, *shape] aside until they are committed."""
+        if not rows:
+            return
+        if not self.layout:
+            self._lay_out({name: (tuple(t.shape[1:]), t.dtype) for name, t in rows.items()})
+        for row, client in enumerate(ids.tolist()):
+            slot = self._staged.get(client)
+            if slot is None:
+                slot = self._staged[client] = self._take()
+            for name, values in rows.items():
+                self._at(name, slot).copy_(values[row])
+
+    def commit(self, ids: Ids) -> None:
+        """The staged rows of these clients become theirs; every other staged row is dropped."""
+        for client in ids.tolist():
+            self.version_of[client] += 1
+            slot = self._staged.pop(client, None)
+            if slot is None:
+                continue
+            old = int(self.slot_of[client])
+            self.slot_of[client] = slot
+            if old >= 0:
+                (self._held if old in self._pinned_set else self._free).append(old)
+        self.discard()
+
+    def discard(self) -> None:
+        """Drop every staged row."""
+        self._free.extend(self._staged.values())
+        self._staged.clear()
+
+    def index(self) -> dict[str, np.ndarray]:
+        """What a checkpoint must hold; flushes the segments first."""
+        for segments in self._segments.values():
+            for segment in segments:
+                backing = segment.numpy()
+                base = backing.base
+                if isinstance(base, np.memmap):
+                    base.flush()
+        touched = np.flatnonzero((self.slot_of >= 0) | (self.version_of > 0))
+        return {
+            "ids": touched.astype(np.int64),
+            "slots": self.slot_of[touched],
+            "versions": self.version_of[touched],
+        }
+
+    def pin(self) -> None:
+        """The index last returned is durable: its slots are kept, older ones are free."""
+        self._free.extend(self._held)
+        self._held.clear()
+        self._pinned = self.slot_of[self.slot_of >= 0]
+        self.__dict__.pop("_pinned_set", None)
+
+    def restore(
+        self,
+        index: Mapping[str, np.ndarray],
+        layout: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
+    ) -> None:
+        """Continue from a checkpoint's index over the segments in the folder."""
+        self.slot_of[:] = -1
+        self.version_of[:] = 0
+        self.slot_of[index["ids"]] = index["slots"]
+        self.version_of[index["ids"]] = index["versions"]
+        if layout:
+            self._lay_out(dict(layout))
+        used = self.slot_of[self.slot_of >= 0]
+        top = int(used.max(initial=-1)) + 1
+        while self._slots < top:
+            self._grow()
+        self._free = sorted(set(range(self._slots)) - set(used.tolist()), reverse=True)
+        self.pin()
+
+    @property
+    def _pinned_set(self) -> frozenset[int]:
+        cached = self.__dict__.get("_pinned_set")
+        if cached is None:
+            cached = self.__dict__["_pinned_set"] = frozenset(self._pinned.tolist())
+        return cached
+
+    def _lay_out(self, layout: dict[str, tuple[tuple[int, ...], torch.dtype]]) -> None:
+        self.layout = layout
+        self._segments = {name: [] for name in layout}
+        row_bytes = max(
+            int(np.prod(shape, dtype=np.int64)) * dtype.itemsize for shape, dtype in layout.values()
+        )
+        self._per_segment = max(1, SEGMENT_BYTES // max(1, row_bytes))
+
+    def _at(self, name: str, slot: int) -> Tensor:
+        return self._segments[name][slot // self._per_segment][slot % self._per_segment]
+
+    def _take(self) -> int:
+        if not self._free:
+            self._grow()
+        return self._free.pop()
+
+    def _grow(self) -> None:
+        number = self._slots // self._per_segment
+        for name, (shape, dtype) in self.layout.items():
+            full = (self._per_segment, *shape)
+            if self.folder is None:
+                self._segments[name].append(torch.zeros(full, dtype=dtype))
+                continue
+            self.folder.mkdir(parents=True, exist_ok=True)
+            path = self.folder / f"{name}-{number:05d}.rows"
+            numpy_dtype = torch.empty(0, dtype=dtype).numpy().dtype
+            mode = "r+" if path.exists() else "w+"
+            mapped = np.memmap(path, dtype=numpy_dtype, mode=mode, shape=full)
+            self._segments[name].append(torch.from_numpy(mapped))
+        first = self._slots
+        self._slots += self._per_segment
+        self._free.extend(range(self._slots - 1, first - 1, -1))

@@ -1,0 +1,181 @@
+"""The simulated fleet behind the Engine protocol: a virtual clock, and clients computed when folded.
+
+A task is *delivered* at its virtual time and *computed* when its window closes, in blocks, so that a
+device which is late, lost or cancelled costs nothing.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from fedsim.buffers import Buffers
+from fedsim.engine import Arrived, Drained, Event, Failed, Timer
+from fedsim.keys import Purpose, stream_keys
+from fedsim.local import LocalAlgorithm
+from fedsim.rows import RowStore
+from fedsim.simulation.devices import DeviceModel
+from fedsim.simulation.trainer import Trained, Trainer, Workplace, client_message
+from fedsim.transform import UpdateTransform
+from fedsim.types import Floats, Ids, Task, UpdateBlock
+
+
+class SimulatedEngine:
+    """Virtual clients on one machine.
+
+    Args:
+        place: what the clients share.
+        trainer: how blocks of them are trained.
+        algorithm: local spec -> the strategy's client half.
+        devices: speeds, dropouts, stragglers.
+        store: the clients' states.
+        buffers: () -> the model's buffers at this version.
+        transform: applied on the client side of each update.
+        now: seconds of the clock at the start.
+    """
+
+    def __init__(
+        self,
+        place: Workplace,
+        trainer: Trainer,
+        algorithm: Callable[[Any], LocalAlgorithm],
+        *,
+        devices: DeviceModel,
+        store: RowStore,
+        buffers: Callable[[], Buffers],
+        transform: UpdateTransform | None = None,
+        now: float = 0.0,
+    ) -> None:
+        self.place = place
+        self.trainer = trainer
+        self.algorithm = algorithm
+        self.devices = devices
+        self.store = store
+        self.buffers = buffers
+        self.transform = transform
+        self._now = now
+        self._queue: list[tuple[float, int, Event]] = []
+        self._count = 0
+        self._tasks: list[tuple[Task, Ids, Floats]] = []  # task, steps, seconds
+
+    @property
+    def now(self) -> float:
+        return self._now
+
+    def submit(self, task: Task) -> None:
+        steps = self.place.clients.steps(task, task.ids)
+        steps = self.devices.limit(task.ids, steps, task.round_index)
+        seconds = self.devices.seconds(task.ids, steps, task.round_index)
+        self._tasks.append((task, steps, seconds))
+        lost = self.devices.lost(task.ids, task.round_index)
+        arrival = self._now + seconds
+        for at in np.unique(arrival):
+            then = arrival == at
+            if (then & ~lost).any():
+                ids = task.ids[then & ~lost]
+                self._push(float(at), Arrived(ids, np.full(len(ids), task.version, np.int64)))
+            if (then & lost).any():
+                self._push(float(at), Failed(task.ids[then & lost], "the device dropped out"))
+
+    def set_timer(self, name: str, at: float) -> None:
+        self._push(at, Timer(name))
+
+    def next_event(self) -> Event:
+        if not self._queue:
+            return Drained()
+        at, _, event = heapq.heappop(self._queue)
+        self._now = max(self._now, at)
+        return event
+
+    def collect(self, ids: Ids) -> Iterator[UpdateBlock | Failed]:
+        for task, steps, seconds in self._tasks:
+            rows = np.flatnonzero(np.isin(task.ids, ids))
+            if not len(rows):
+                continue
+            algorithm = self.algorithm(task.spec)
+            for block in self.trainer.plan(steps[rows]):
+                chosen = rows[block]
+                yield self._train(task, task.ids[chosen], steps[chosen], seconds[chosen], algorithm)
+
+    def commit(self, ids: Ids) -> None:
+        self.store.commit(ids)
+
+    def cancel(self) -> None:
+        self._queue.clear()
+        self._tasks.clear()
+        self.store.discard()
+
+    def close(self) -> None:
+        self.cancel()
+
+    def _push(self, at: float, event: Event) -> None:
+        heapq.heappush(self._queue, (at, self._count, event))
+        self._count += 1
+
+    def _train(
+        self, task: Task, ids: Ids, steps: Ids, seconds: Floats, algorithm: LocalAlgorithm
+    ) -> UpdateBlock:
+        with torch.no_grad():
+            fresh = self._fresh(task, algorithm)
+            states = self._read(ids, fresh)
+            trained = self.trainer.train(task, ids, steps, algorithm, states[0], self.buffers())
+            vectors, kept = self._encode(task, ids, trained, states[1])
+        leaves = pytree.tree_leaves((trained.states, kept))
+        self.store.stage(ids, {f"{i:03d}": leaf for i, leaf in enumerate(leaves)})
+        return UpdateBlock(
+            ids,
+            np.full(len(ids), task.version, np.int64),
+            self.place.clients.sizes(ids),
+            trained.steps,
+            trained.normaliser,
+            seconds,
+            vectors,
+            trained.scalars,
+            trained.metrics,
+            trained.buffers,
+            trained.int_buffers,
+            self.store.version_of[ids],
+        )
+
+    def _fresh(self, task: Task, algorithm: LocalAlgorithm) -> Any:
+        """One client's state at first participation: ((algorithm's, optimiser's), transform's)."""
+        message = client_message(task.message, self.place.spec)
+        state = algorithm.fresh(message)
+        optimizer: Any = ()
+        if algorithm.keeps_optimizer:
+            from fedsim.optimizers import make_optimizer
+
+            optimizer = make_optimizer(task.spec).init(message.x)
+        kept: Any = ()
+        if self.transform is not None:
+            x = task.message.vectors["x"]
+            kept = self.transform.init({"delta": torch.zeros(1, len(x), dtype=x.dtype)})
+            kept = pytree.tree_map(lambda leaf: leaf[0], kept)
+        return (state, optimizer), kept
+
+    def _read(self, ids: Ids, fresh: Any) -> Any:
+        """The states of these clients with a leading C; fresh for those never accepted before."""
+        leaves, structure = pytree.tree_flatten(fresh)
+        if not leaves:
+            return fresh
+        stacked: list[Tensor] = [leaf.unsqueeze(0).repeat(len(ids), *[1] * leaf.ndim) for leaf in leaves]
+        known = self.store.has(ids)
+        if known.any():
+            rows = self.store.read(ids[known])
+            at = torch.from_numpy(np.flatnonzero(known))
+            for position, leaf in enumerate(stacked):
+                leaf[at.to(leaf.device)] = rows[f"{position:03d}"].to(leaf.device)
+        return pytree.tree_unflatten(stacked, structure)
+
+    def _encode(self, task: Task, ids: Ids, trained: Trained, state: Any) -> tuple[Mapping[str, Tensor], Any]:
+        if self.transform is None:
+            return trained.vectors, ()
+        keys = stream_keys(self.place.seed, Purpose.ENCODE, task.round_index, ids)
+        message, kept = self.transform.encode(state, trained.vectors, keys)
+        return message, kept

@@ -1,0 +1,79 @@
+"""The loop engine: one client at a time by `run_local`, the reference that all others are held to."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from fedsim.buffers import Buffers
+from fedsim.keys import Purpose, torch_seed
+from fedsim.local import LocalAlgorithm, run_local
+from fedsim.simulation.clients import Schedule
+from fedsim.simulation.trainer import (
+    Trained,
+    Workplace,
+    buffer_dict,
+    client_lent,
+    client_message,
+    flatten_buffers,
+)
+from fedsim.types import Ids, Task
+
+
+class LoopTrainer:
+    """Blocks of one client, in cohort order; short batches stay short."""
+
+    name = "loop"
+
+    def __init__(self, place: Workplace) -> None:
+        self.place = place
+
+    def plan(self, steps: Ids) -> list[Ids]:
+        return [np.array([i], np.int64) for i in range(len(steps))]
+
+    def train(
+        self,
+        task: Task,
+        ids: Ids,
+        steps: Ids,
+        algorithm: LocalAlgorithm,
+        states: Any,
+        buffers: Buffers,
+    ) -> Trained:
+        place = self.place
+        state, optimizer_state = pytree.tree_map(lambda leaf: leaf[0], states)
+        lent = pytree.tree_map(lambda leaf: leaf[0], client_lent(task.lend(ids), place.spec))
+        if place.dropout:
+            torch.manual_seed(torch_seed(place.seed, Purpose.DROPOUT, task.round_index, int(ids[0])))
+        outcome = run_local(
+            algorithm,
+            client_message(task.message, place.spec),
+            lent,
+            state,
+            lambda phase, spec: Schedule(place.clients, task, ids, phase, spec, steps),
+            spec=task.spec,
+            buffers=buffer_dict(place, buffers),
+            optimizer_state=optimizer_state or None,
+        )
+
+        def row(value: Tensor) -> Tensor:
+            return value.detach().unsqueeze(0)
+
+        kept = outcome.optimizer_state if algorithm.keeps_optimizer else ()
+        return Trained(
+            {n: row(place.spec.flatten(v)) for n, v in outcome.result.vectors.items()},
+            {n: row(v.double()) for n, v in outcome.result.scalars.items()},
+            pytree.tree_map(row, (outcome.client_state, kept)),
+            outcome.normaliser.double().reshape(1).cpu().numpy(),
+            {
+                "loss": outcome.loss.double().reshape(1).cpu().numpy(),
+                **{n: v.double().reshape(1).cpu().numpy() for n, v in outcome.metrics.items()},
+            },
+            flatten_buffers(place.floating, outcome.buffers, stacked=False),
+            flatten_buffers(place.integers, outcome.buffers, stacked=False),
+            np.array([outcome.steps], np.int64),
+        )

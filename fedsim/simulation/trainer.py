@@ -1,0 +1,124 @@
+"""What a trainer is: the drivers of virtual clients behind one contract, and what they share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fedsim.buffers import Buffers
+from fedsim.flat import ParamSpec
+from fedsim.local import LocalAlgorithm
+from fedsim.simulation.clients import ClientData
+from fedsim.types import Floats, GradFn, Ids, Message, Task
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Workplace:
+    """What every virtual client of a run shares.
+
+    Args:
+        module: the model, for its buffers' names; never holds a client's values.
+        spec, floating, integers: layouts of parameters and buffers.
+        grad_fn: the gradient of the mini-batch loss, or what replaces it.
+        clients: their data.
+        seed: of the run.
+        dropout: the model draws random numbers while training.
+    """
+
+    module: nn.Module
+    spec: ParamSpec
+    floating: ParamSpec | None
+    integers: ParamSpec | None
+    grad_fn: GradFn
+    clients: ClientData
+    seed: int
+    dropout: bool
+
+
+class Trained(NamedTuple):
+    """What a block of C clients comes back with, before transforms.
+
+    Args:
+        vectors: {name: [C, D]}; scalars: {name: [C]}.
+        states: pytree of what each client keeps, leaves with a leading C.
+        normaliser: [C]; metrics: {name: [C]}, ``loss`` among them.
+        buffers, int_buffers: [C, Db], [C, Di] or None.
+        steps: [C] local steps taken.
+    """
+
+    vectors: Mapping[str, Tensor]
+    scalars: Mapping[str, Tensor]
+    states: Any
+    normaliser: Floats
+    metrics: Mapping[str, Floats]
+    buffers: Tensor | None
+    int_buffers: Tensor | None
+    steps: Ids
+
+
+class Trainer(Protocol):
+    """Runs a local algorithm for blocks of clients."""
+
+    @property
+    def name(self) -> str: ...
+
+    def plan(self, steps: Ids) -> list[Ids]:
+        """Positions 0 … b-1 cut into blocks; deterministic, and the order of folding."""
+        ...
+
+    def train(
+        self,
+        task: Task,
+        ids: Ids,
+        steps: Ids,
+        algorithm: LocalAlgorithm,
+        states: Any,
+        buffers: Buffers,
+    ) -> Trained:
+        """Train the clients `ids` [C]; `states` as in `Trained`."""
+        ...
+
+
+def client_message(message: Message, spec: ParamSpec) -> Message:
+    """The broadcast as the client sees it: Vectors, views of the flat tensors."""
+    return Message({n: spec.unflatten(v) for n, v in message.vectors.items()}, message.scalars)
+
+
+def client_lent(lent: Any, spec: ParamSpec) -> Any:
+    """Lent rows as the client sees them: [b, D] becomes Vectors of stacks, [b] stays."""
+    if isinstance(lent, tuple):
+        return lent
+    return {
+        name: spec.unflatten(rows) if rows.ndim == 2 and rows.shape[1] == spec.size else rows
+        for name, rows in lent.items()
+    }
+
+
+def buffer_dict(place: Workplace, buffers: Buffers) -> dict[str, Tensor]:
+    """A model's buffers by name, in the shapes and dtypes of the module."""
+    out: dict[str, Tensor] = {}
+    for spec, flat in ((place.floating, buffers.floating), (place.integers, buffers.integers)):
+        if spec is not None:
+            out.update(spec.unflatten(flat).tensors)
+    return out
+
+
+def flatten_buffers(spec: ParamSpec | None, buffers: Mapping[str, Tensor], *, stacked: bool) -> Tensor | None:
+    """[C, Db] (or [1, Db] of one client) of the named buffers in `spec`."""
+    if spec is None:
+        return None
+    start = 1 if stacked else 0
+    parts = [buffers[name].flatten(start).to(spec.dtype) for name in spec.names]
+    flat = torch.cat(parts, dim=-1)
+    return flat if stacked else flat.unsqueeze(0)
+
+
+def by_size(steps: Ids, block: int) -> list[Ids]:
+    """Clients sorted by local steps, most first (ties in cohort order), cut into blocks."""
+    order = np.argsort(-steps, kind="stable").astype(np.int64)
+    return [order[start : start + block] for start in range(0, len(order), block)]

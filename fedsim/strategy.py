@@ -1,0 +1,155 @@
+"""The server half of an algorithm, and the parts that most strategies share.
+
+A strategy is a named tuple of pure functions; its factory captures the hyper-parameters. What is not
+special to an algorithm is taken from here or, with `_replace`, from FedAvg.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedsim.flat import ParamSpec
+from fedsim.local import LocalAlgorithm, LocalSpec
+from fedsim.registry import load
+from fedsim.types import (
+    Bools,
+    Floats,
+    GradFn,
+    Ids,
+    Message,
+    Meta,
+    Population,
+    UpdateBlock,
+    WindowInfo,
+)
+
+State = Any  # each strategy's own named tuple of tensors and numbers
+Sums = dict[str, Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Traits:
+    """What a strategy needs and where it can run; checked when a run is configured.
+
+    Args:
+        modes: schedulers allowed.
+        reduction: ``linear`` streams sums; ``gather`` hands `apply` all rows.
+        client_state: where a per-client vector persists.
+        client_hooks: needs its own direction, so an opaque training function is refused.
+        needs_normaliser: divides by the sum of local step lengths.
+        affine: the direction is g + a·x + b.
+        down_factor, up_factor: model-sized vectors per task in each direction.
+        server_vectors: model-sized vectors that the server keeps beside the model; `per_client` of
+            them for each client that took part.
+        neutral: "parameters -> what it then equals", for the documentation.
+    """
+
+    modes: frozenset[Literal["sync", "async"]] = field(default=frozenset({"sync"}))
+    reduction: Literal["linear", "gather"] = "linear"
+    client_state: Literal["none", "client", "server"] = "none"
+    client_hooks: bool = False
+    needs_normaliser: bool = False
+    affine: bool = False
+    down_factor: int = 1
+    up_factor: int = 1
+    server_vectors: int = 0
+    server_vectors_per_client: int = 0
+    neutral: str = ""
+
+
+class Strategy(NamedTuple):
+    """An algorithm's server half and its choice of client half.
+
+    Args:
+        init: (x0 [D], spec, population) -> state.
+        broadcast: (state) -> Message with flat vectors; "x" is the model.
+        local: (grad_fn, local spec) -> LocalAlgorithm.
+        weigh: (state, meta) -> weights [b] float64, refused [b] bool; never sees tensors.
+        fold: (state, block, weights, rows) -> sums, new rows; or the string ``"gather"``.
+        apply: (state, reduced, info) -> state, metrics. `reduced` holds the sums of `fold` over the
+            window in float64, or is a `Rows` under ``"gather"``.
+        model: (state) -> x [D], what is evaluated, checkpointed and exported.
+        plan: (state, spec, window, ids) -> spec, steps [b] or None.
+        lend: (state, rows, ids) -> named tensors with a leading b that the server holds for these
+            clients, or ().
+        traits: see Traits.
+    """
+
+    init: Callable[[Tensor, ParamSpec, Population], State]
+    broadcast: Callable[[State], Message]
+    local: Callable[[GradFn, LocalSpec], LocalAlgorithm]
+    weigh: Callable[[State, Meta], tuple[Floats, Bools]]
+    fold: Callable[..., tuple[Sums, Mapping[str, Tensor]]] | Literal["gather"]
+    apply: Callable[[State, Any, WindowInfo], tuple[State, Mapping[str, float]]]
+    model: Callable[[State], Tensor]
+    plan: Callable[[State, LocalSpec, int, Ids], tuple[LocalSpec, Ids | None]]
+    lend: Callable[[State, Any, Ids], Any]
+    traits: Traits
+
+
+def as_planned(state: State, spec: LocalSpec, window: int, ids: Ids) -> tuple[LocalSpec, Ids | None]:
+    """Default `plan`: local training as configured."""
+    return spec, None
+
+
+def lend_nothing(state: State, rows: Any, ids: Ids) -> tuple[()]:
+    """Default `lend`."""
+    return ()
+
+
+def by_examples(state: State, meta: Meta) -> tuple[Floats, Bools]:
+    """Weight by the number of examples; a client without any is refused."""
+    weights = meta.examples.astype(np.float64)
+    return weights, meta.examples <= 0
+
+
+def uniformly(state: State, meta: Meta) -> tuple[Floats, Bools]:
+    """Weight 1 for every client that took a local step."""
+    return np.ones(len(meta.ids)), meta.examples <= 0
+
+
+def weighted_sum(weights: Floats | Tensor, rows: Tensor) -> Tensor:
+    """Σ_i w_i rows_i over [b, D] in float64, by column blocks so that no [b, D] copy is made."""
+    w = torch.as_tensor(weights, dtype=torch.float64, device=rows.device)
+    if len(rows) == 1:
+        return rows[0].double() * w[0]
+    width = max(1, (1 << 20) // len(rows))
+    return torch.cat([w @ part.double() for part in rows.split(width, dim=1)])
+
+
+def fold_deltas(
+    state: State, block: UpdateBlock, weights: Floats, rows: Any
+) -> tuple[Sums, Mapping[str, Tensor]]:
+    """Default `fold`: {"delta": Σ w·delta, "weight": Σ w, "count": Σ 1}."""
+    delta = block.vectors["delta"]
+    sums = {
+        "delta": weighted_sum(weights, delta),
+        "weight": torch.tensor(float(weights.sum()), dtype=torch.float64, device=delta.device),
+        "count": torch.tensor(float(len(block)), dtype=torch.float64, device=delta.device),
+    }
+    return sums, {}
+
+
+def moved(x: Tensor, step: Tensor) -> Tensor:
+    """x + step, computed in float64 and rounded once to the dtype of x."""
+    return (x.double() + step).to(x.dtype)
+
+
+def make_strategy(name: str, **parameters: Any) -> Strategy:
+    """A strategy by its registered name, built in or third party.
+
+    Raises:
+        RegistryError: the name is unknown.
+        ConfigError: a parameter is unknown, missing, or out of range.
+    """
+    from fedsim.schema import build
+
+    strategy = build(load("strategies", name), parameters, where=f"[strategy] name = {name!r}")
+    assert isinstance(strategy, Strategy)
+    return strategy

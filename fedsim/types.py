@@ -1,0 +1,228 @@
+"""The messages between strategy, engine and clients.
+
+They are typed also where there is no wire. A block holds b >= 1 clients: a remote client sends b = 1,
+a stacked engine b = 64 or more; an object per client would cost more than the mathematics.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from fedsim.vector import Vector
+
+if TYPE_CHECKING:
+    from fedsim.local import LocalSpec
+
+Ids = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
+Bools = npt.NDArray[np.bool_]
+
+
+class Message(NamedTuple):
+    """What the server sends to every client of one version.
+
+    On the server `vectors` are flat [D]; the driver hands the client Vectors. ``msg.x`` is short for
+    ``msg.vectors["x"]``.
+
+    Args:
+        vectors: named, model-sized.
+        scalars: named 0-d float64 tensors.
+    """
+
+    vectors: Mapping[str, Any]  # Any: Tensor [D] on the server, Vector on the client
+    scalars: Mapping[str, Tensor] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        for group in (self.vectors, self.scalars):
+            if name in group:
+                return group[name]
+        raise AttributeError(f"the message holds no {name!r}")
+
+
+class Batch(NamedTuple):
+    """One mini-batch of one client, as the driver hands it to `direction`.
+
+    Args:
+        inputs: [B, ...] after the data's training transform.
+        targets: [B] or [B, T].
+        mask: [B] 1 for a real row, 0 for padding.
+        lr: 0-d, the local rate of this round.
+        index: 0-d int64, number of this local step, from 0.
+        total: 0-d int64, local steps of this client.
+        epoch_start: 0-d bool, first batch of a local epoch.
+        active: 0-d bool, False where the driver masks this step out.
+        weight: 0-d, share of the client's examples in this batch; a `full` phase sums to 1 with it.
+        buffers: the model's current buffers by name.
+        noise: Vector of standard normal draws if the gradient function declares that it needs one.
+    """
+
+    inputs: Tensor
+    targets: Tensor
+    mask: Tensor
+    lr: Tensor
+    index: Tensor
+    total: Tensor
+    epoch_start: Tensor
+    active: Tensor
+    weight: Tensor
+    buffers: Mapping[str, Tensor] = {}
+    noise: Vector | tuple[()] = ()
+
+
+class Aux(NamedTuple):
+    """What a gradient evaluation yields beside the gradient.
+
+    Args:
+        loss: 0-d, mean over the real rows.
+        metrics: named 0-d means over the real rows.
+        buffers: the model's buffers after this evaluation.
+    """
+
+    loss: Tensor
+    metrics: Mapping[str, Tensor]
+    buffers: Mapping[str, Tensor]
+
+
+GradFn = Callable[[Vector, Batch], tuple[Vector, Aux]]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Population:
+    """All registered clients, as the server knows them when a run begins.
+
+    Args:
+        size: N.
+        examples: [N] int64, examples of each, or None where the server does not know.
+        joined: [N] int64, the version at which each joined.
+    """
+
+    size: int
+    examples: Ids | None = None
+    joined: Ids | None = None
+
+    def joined_at(self, ids: Ids) -> Ids:
+        return np.zeros(len(ids), np.int64) if self.joined is None else self.joined[ids]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Task:
+    """b clients that start from one version under the same instructions.
+
+    Args:
+        ids: [b] client ids in cohort order.
+        version: of the model they start from.
+        round_index, attempt: keys of the random streams.
+        message: flat broadcast.
+        lend: ids -> named tensors with a leading b, or (); asked for block by block.
+        spec: local training, rates already those of this round.
+        steps: [b] local steps where the strategy or a device limits them, else None.
+    """
+
+    ids: Ids
+    version: int
+    round_index: int
+    attempt: int
+    message: Message
+    lend: Callable[[Ids], Any]  # Any: a mapping of tensors, or ()
+    spec: LocalSpec
+    steps: Ids | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class UpdateBlock:
+    """The answers of b clients.
+
+    Args:
+        ids, base_version, examples, local_steps: [b] int64.
+        normaliser: [b] float64, sum of effective local step lengths; NaN where there is none.
+        train_seconds: [b] float64.
+        vectors: {name: [b, D]}; every name that the strategy's `finish` reports.
+        scalars: {name: [b] float64}.
+        metrics: {name: [b] float64}, not used by aggregation.
+        buffers, int_buffers: [b, Db] floating and [b, Di] integer buffers, None without any.
+        state_version: [b] int64, how many updates of that client were accepted before this one.
+    """
+
+    ids: Ids
+    base_version: Ids
+    examples: Ids
+    local_steps: Ids
+    normaliser: Floats
+    train_seconds: Floats
+    vectors: Mapping[str, Tensor]
+    scalars: Mapping[str, Tensor] = field(default_factory=dict)
+    metrics: Mapping[str, Floats] = field(default_factory=dict)
+    buffers: Tensor | None = None
+    int_buffers: Tensor | None = None
+    state_version: Ids | None = None
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def take(self, rows: npt.NDArray[Any]) -> UpdateBlock:
+        """The block restricted to `rows` (a mask or indices)."""
+        index = torch.from_numpy(np.flatnonzero(rows) if rows.dtype == np.bool_ else rows)
+
+        def pick(tensor: Tensor) -> Tensor:
+            return tensor[index.to(tensor.device)]
+
+        return UpdateBlock(
+            self.ids[rows],
+            self.base_version[rows],
+            self.examples[rows],
+            self.local_steps[rows],
+            self.normaliser[rows],
+            self.train_seconds[rows],
+            {k: pick(v) for k, v in self.vectors.items()},
+            {k: pick(v) for k, v in self.scalars.items()},
+            {k: v[rows] for k, v in self.metrics.items()},
+            None if self.buffers is None else pick(self.buffers),
+            None if self.int_buffers is None else pick(self.int_buffers),
+            None if self.state_version is None else self.state_version[rows],
+        )
+
+
+class Meta(NamedTuple):
+    """What `weigh` may see of b updates: never the tensors. All [b]."""
+
+    ids: Ids
+    base_version: Ids
+    server_version: int
+    staleness: Ids
+    examples: Ids
+    local_steps: Ids
+    normaliser: Floats
+    train_seconds: Floats
+    state_version: Ids
+    scalars: Mapping[str, Floats]
+
+
+class WindowInfo(NamedTuple):
+    """The window that `apply` closes.
+
+    Args:
+        window, version: index of the window and version before `apply`.
+        ids: [n] clients folded, in fold order.
+        N: registered clients.
+        joined: [n] version at which each of `ids` joined.
+        opened_at, closed_at: seconds of the run's clock.
+        refused, late, lost: numbers of clients.
+    """
+
+    window: int
+    version: int
+    ids: Ids
+    N: int
+    joined: Ids
+    opened_at: float
+    closed_at: float
+    refused: int
+    late: int
+    lost: int
