@@ -24,7 +24,14 @@ class Examples(Protocol):
 
 
 def as_inputs(values: Array, where: str) -> Tensor:
+    """Inputs as they are stored: uint8 images, float32 features (also of true/false), int64 characters.
+
+    Raises:
+        DataError: uint8 that are not images [n, 1 or 3, h, w] (012), no numbers (016).
+    """
     tensor = _tensor(values)
+    if tensor.dtype == torch.bool:
+        return tensor.to(torch.float32)
     if tensor.dtype == torch.uint8:
         if tensor.ndim != 4 or tensor.shape[1] not in (1, 3):
             raise DataError(
@@ -41,6 +48,11 @@ def as_inputs(values: Array, where: str) -> Tensor:
 
 
 def as_targets(values: Array, where: str) -> Tensor:
+    """Targets as they are stored: int64, or float32 for regression.
+
+    Raises:
+        DataError: FS-DAT-016, values that are no numbers.
+    """
     tensor = _tensor(values)
     if tensor.is_floating_point():
         return tensor.to(torch.float32)
@@ -75,7 +87,11 @@ def _tensor(values: Array) -> Tensor:
 
 
 def collected(examples: Examples, where: str) -> Split | None:
-    """All examples of one data set; None when it is empty."""
+    """All examples of one data set of pairs; None when it is empty.
+
+    Raises:
+        DataError: not pairs, or of different shapes (012), no numbers (016).
+    """
     count = len(examples)
     if count == 0:
         return None
@@ -126,6 +142,11 @@ def _element(value: object, where: str) -> Tensor:
 
 
 def check_same_shape(part: Split, first: Split, where: str) -> None:
+    """Refuse a client whose examples differ in shape or type from the first client's.
+
+    Raises:
+        DataError: FS-DAT-012.
+    """
     ours, theirs = (part.inputs, part.targets), (first.inputs, first.targets)
     for what, mine, other in zip(("inputs", "targets"), ours, theirs, strict=True):
         if mine.shape[1:] != other.shape[1:] or mine.dtype != other.dtype:

@@ -141,7 +141,9 @@ def _content(
     names: tuple[str, ...],
     source: ImageSource,
 ) -> _Content:
-    if test is None and source.test_fraction > 0:
+    # Of all training labels: the rows set aside below may hold the only examples of a class.
+    classes = len(names) or int(train.labels.max()) + 1
+    if test is None and source.test_fraction != 0:
         kept, held = split_rows(len(train.labels), source.test_fraction, seed=source.seed)
         test = parquet.Decoded(train.images[held], train.labels[held], None)
         clients = None if train.clients is None else [train.clients[i] for i in kept]
@@ -158,7 +160,7 @@ def _content(
         tensors={key: torch.from_numpy(array) for key, array in arrays.items()},
         label_names=names,
         owner_names=owner_names,
-        classes=len(names) or int(train.labels.max()) + 1,
+        classes=classes,
         statistics=channel_statistics(train.images),
     )
 

@@ -3,19 +3,19 @@
 Two conventions share the name "Dirichlet partition" and give different federations for the same
 alpha, so they are two partitioners here:
 
-=====================  ================================  ===============================================
-name                   what is drawn                     used by
-=====================  ================================  ===============================================
-``dirichlet``          for every **class** its shares    Yurochkin et al. 2019; Lin et al. 2020; Li et
-                       over the clients; sizes vary      al. 2022 (NIID-Bench); flwr-datasets
-``dirichlet_client``   for every **client** its mix of   Hsu et al. 2019; Acar et al. 2021 (FedDyn) and
-                       classes; sizes are equal          the codes built on it, FedSpeed among them
-=====================  ================================  ===============================================
+====================  ===============================  ============================================
+name                  what is drawn                    used by
+====================  ===============================  ============================================
+``dirichlet``         for every **class** its shares   Yurochkin et al. 2019; Li et al. 2022
+                      over the clients; sizes vary     (NIID-Bench); flwr-datasets
+``dirichlet_client``  for every **client** its mix of  Hsu et al. 2019; Acar et al. 2021 (FedDyn)
+                      classes; sizes are equal         and codes built on theirs
+====================  ===============================  ============================================
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -35,7 +35,8 @@ from fedsim.data.partition_scheme import (
 )
 
 
-class _Classes(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class _Classes:
     """Examples in random order within each class: class k is ``order[starts[k]:starts[k + 1]]``."""
 
     order: Ints  # [n]
@@ -62,8 +63,8 @@ def dirichlet(*, alpha: float) -> Divide:
     """By class: each class is cut among all clients in proportions ~ Dir(alpha, …, alpha).
 
     Yurochkin et al. 2019, "Bayesian nonparametric federated learning of neural networks", section 4
-    (``p_k ~ Dir_J(alpha)``). Every example has exactly one client; clients differ in size as well as
-    in classes, and a small alpha leaves some without any (see ``min_examples``).
+    (``p_k ~ Dir_J(alpha)``). Every example has exactly one client; clients differ in size as well
+    as in classes, and a small alpha leaves some without any (see ``min_examples``).
 
     Args:
         alpha: > 0; 0.1 is strong skew, 100 is close to IID.
@@ -73,9 +74,7 @@ def dirichlet(*, alpha: float) -> Divide:
     """
     concentration = above_zero("alpha", alpha)
 
-    def divide(
-        labels: Ints, owners: Ints | None, clients: int, rng: np.random.Generator
-    ) -> Ints:
+    def divide(labels: Ints, owners: Ints | None, clients: int, rng: np.random.Generator) -> Ints:
         classes = _by_class(labels, rng)
         assignment = np.empty(len(labels), dtype=np.int64)
         everyone = np.arange(clients, dtype=np.int64)
@@ -106,9 +105,7 @@ def dirichlet_client(*, alpha: float) -> Divide:
     """
     concentration = above_zero("alpha", alpha)
 
-    def divide(
-        labels: Ints, owners: Ints | None, clients: int, rng: np.random.Generator
-    ) -> Ints:
+    def divide(labels: Ints, owners: Ints | None, clients: int, rng: np.random.Generator) -> Ints:
         classes = _by_class(labels, rng)
         logs = log_gamma_draws(concentration, (clients, classes.count), rng)
         # One slot per example, in random order, so that no client is systematically served last.
@@ -162,9 +159,7 @@ def shards(*, shards_per_client: int = 2) -> Divide:
     """
     each = at_least("shards_per_client", shards_per_client, 1)
 
-    def divide(
-        labels: Ints, owners: Ints | None, clients: int, rng: np.random.Generator
-    ) -> Ints:
+    def divide(labels: Ints, owners: Ints | None, clients: int, rng: np.random.Generator) -> Ints:
         order = _by_class(labels, rng).order
         dealt = rng.permutation(np.repeat(np.arange(clients, dtype=np.int64), each))
         assignment = np.empty(len(labels), dtype=np.int64)
@@ -175,10 +170,10 @@ def shards(*, shards_per_client: int = 2) -> Divide:
 
 
 def pathological(*, classes_per_client: int = 2) -> Divide:
-    """Each client owns exactly `classes_per_client` classes; a class is shared evenly by its owners.
+    """Each client owns `classes_per_client` classes; a class is divided evenly among its owners.
 
-    The label-quantity split ``#C = k`` of Li et al. 2022, "Federated learning on non-IID data silos",
-    section IV-A. Classes are dealt from shuffled decks, so that each has the same number of owners
+    The split by quantity of labels, ``#C = k``, of Li et al. 2022, "Federated learning on non-IID
+    data silos", section IV-A. Classes are dealt from shuffled decks, so that each has the same number of owners
     to within one and none is left out.
 
     Args:
@@ -189,9 +184,7 @@ def pathological(*, classes_per_client: int = 2) -> Divide:
     """
     each = at_least("classes_per_client", classes_per_client, 1)
 
-    def divide(
-        labels: Ints, owners: Ints | None, clients: int, rng: np.random.Generator
-    ) -> Ints:
+    def divide(labels: Ints, owners: Ints | None, clients: int, rng: np.random.Generator) -> Ints:
         classes = _by_class(labels, rng)
         if each > classes.count:
             raise out_of_range(

@@ -2,8 +2,8 @@
 
 A partitioner divides examples among clients by looking at labels and owners only, never at inputs.
 It is a plain function ``(labels, owners, clients, rng) -> result``; where there is more to say than
-that, it is a `Scheme`, which is called in the same way. The result is either one client per example,
-or an index grouped by client with its offsets.
+that, it is a `Scheme`, which is called in the same way. The result is either one client per
+example, or an index grouped by client with its offsets.
 """
 
 from __future__ import annotations
@@ -82,9 +82,7 @@ def proportional_sizes(shares: Floats, total: int) -> Ints:
     return np.diff(np.minimum(cuts, total), prepend=0)
 
 
-def log_gamma_draws(
-    shape: float, size: int | tuple[int, ...], rng: np.random.Generator
-) -> Floats:
+def log_gamma_draws(shape: float, size: int | tuple[int, ...], rng: np.random.Generator) -> Floats:
     """Logarithms of Gamma(shape, 1) draws.
 
     Gamma(a) = Gamma(a + 1) U^(1/a) keeps them finite where a small `shape` would make the draws

@@ -7,6 +7,7 @@ device which is late, lost or cancelled costs nothing.
 from __future__ import annotations
 
 import heapq
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -19,11 +20,14 @@ from fedsim.buffers import Buffers
 from fedsim.engine import Arrived, Drained, Event, Failed, Timer
 from fedsim.keys import Purpose, stream_keys
 from fedsim.local import LocalAlgorithm
+from fedsim.optimizers import make_optimizer
 from fedsim.rows import RowStore
 from fedsim.simulation.devices import DeviceModel
-from fedsim.simulation.trainer import Trained, Trainer, Workplace, client_message
+from fedsim.simulation.trainer import ClientFailed, Trained, Trainer, Workplace, client_message
 from fedsim.transform import UpdateTransform
-from fedsim.types import Floats, Ids, Task, UpdateBlock
+from fedsim.types import Floats, Ids, Message, Task, UpdateBlock
+
+log = logging.getLogger(__name__)
 
 
 class SimulatedEngine:
@@ -83,6 +87,20 @@ class SimulatedEngine:
             if (then & lost).any():
                 self._push(float(at), Failed(task.ids[then & lost], "the device dropped out"))
 
+    def restore_clock(self, now: float) -> None:
+        """Continue a run whose clock stood at `now`."""
+        self._now = now
+
+    def state_of(self, ids: Ids, message: Message, algorithm: LocalAlgorithm) -> Any:
+        """The algorithm's state of the one client in `ids`; fresh where it never took part."""
+        state = algorithm.fresh(client_message(message, self.place.spec))
+        if not self.store.has(ids)[0]:
+            return state
+        leaves, structure = pytree.tree_flatten(state)
+        rows = self.store.read(ids)
+        own = [rows[f"{position:03d}"][0] for position in range(len(leaves))]
+        return pytree.tree_unflatten(own, structure)
+
     def set_timer(self, name: str, at: float) -> None:
         self._push(at, Timer(name))
 
@@ -101,7 +119,11 @@ class SimulatedEngine:
             algorithm = self.algorithm(task.spec)
             for block in self.trainer.plan(steps[rows]):
                 chosen = rows[block]
-                yield self._train(task, task.ids[chosen], steps[chosen], seconds[chosen], algorithm)
+                try:
+                    yield self._train(task, task.ids[chosen], steps[chosen], seconds[chosen], algorithm)
+                except ClientFailed as failure:
+                    log.warning("client=%d failed: %s", failure.client, failure.reason, exc_info=True)
+                    yield Failed(np.array([failure.client], np.int64), failure.reason)
 
     def commit(self, ids: Ids) -> None:
         self.store.commit(ids)
@@ -131,7 +153,7 @@ class SimulatedEngine:
         return UpdateBlock(
             ids,
             np.full(len(ids), task.version, np.int64),
-            self.place.clients.sizes(ids),
+            self.place.clients.sizes(ids) if trained.examples is None else trained.examples,
             trained.steps,
             trained.normaliser,
             seconds,
@@ -149,8 +171,6 @@ class SimulatedEngine:
         state = algorithm.fresh(message)
         optimizer: Any = ()
         if algorithm.keeps_optimizer:
-            from fedsim.optimizers import make_optimizer
-
             optimizer = make_optimizer(task.spec).init(message.x)
         kept: Any = ()
         if self.transform is not None:

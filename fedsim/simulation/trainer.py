@@ -49,6 +49,7 @@ class Trained(NamedTuple):
         normaliser: [C]; metrics: {name: [C]}, ``loss`` among them.
         buffers, int_buffers: [C, Db], [C, Di] or None.
         steps: [C] local steps taken.
+        examples: [C] where the clients say themselves, else None.
     """
 
     vectors: Mapping[str, Tensor]
@@ -59,6 +60,16 @@ class Trained(NamedTuple):
     buffers: Tensor | None
     int_buffers: Tensor | None
     steps: Ids
+    examples: Ids | None = None
+
+
+class ClientFailed(Exception):
+    """One client's own training raised: an event of the round, not an error of the run."""
+
+    def __init__(self, client: int, reason: str) -> None:
+        super().__init__(f"client {client}: {reason}")
+        self.client = client
+        self.reason = reason
 
 
 class Trainer(Protocol):

@@ -1,0 +1,118 @@
+"""Evaluating a model: on the central test set, and on each client's own examples."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fedsim.buffers import Buffers
+from fedsim.data.federated import FederatedData
+from fedsim.flat import ParamSpec, write_flat
+from fedsim.keys import Purpose, generator
+from fedsim.metrics import PerExample, by_client, joined, metrics_of, per_example, summary
+from fedsim.types import Floats, Ids
+
+
+class Evaluator:
+    """Holds a copy of the module in evaluation mode; the values come with every call.
+
+    Args:
+        module: the model.
+        spec, floating, integers: layouts of its parameters and buffers.
+        data: the partitioned data set.
+        batch_size: examples of one forward pass.
+        metrics: names asked for beside the task's own.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        spec: ParamSpec,
+        floating: ParamSpec | None,
+        integers: ParamSpec | None,
+        data: FederatedData,
+        *,
+        batch_size: int,
+        metrics: Sequence[str] = (),
+    ) -> None:
+        self.module = copy.deepcopy(module).eval()
+        self.spec, self.floating, self.integers = spec, floating, integers
+        self.data = data
+        self.batch_size = batch_size
+        self.names = metrics_of(data.dataset.task, metrics)
+        self._like = next(self.module.parameters())
+
+    def set(self, x: Tensor, buffers: Buffers) -> None:
+        """Put these values into the module."""
+        write_flat(self.module, self.spec, x)
+        named = dict(self.module.named_buffers())
+        for spec, flat in ((self.floating, buffers.floating), (self.integers, buffers.integers)):
+            if spec is not None:
+                for name, value in spec.unflatten(flat).tensors.items():
+                    named[name].copy_(value)
+
+    def judge(self, inputs: Tensor, targets: Tensor) -> PerExample:
+        """What the module does on stored examples [n, ...]."""
+        dataset, like, parts = self.data.dataset, self._like, []
+        with torch.inference_mode():
+            for start in range(0, len(targets), self.batch_size):
+                rows = slice(start, start + self.batch_size)
+                batch = dataset.transforms.evaluate(inputs[rows].to(like.device))
+                batch = batch.to(like.dtype) if batch.is_floating_point() else batch
+                wanted = targets[rows].to(like.device)
+                wanted = wanted.to(like.dtype) if wanted.is_floating_point() else wanted
+                parts.append(per_example(dataset.task, self.module(batch), wanted))
+        return joined(parts)
+
+    def central(self, x: Tensor, buffers: Buffers) -> dict[str, float]:
+        """The metrics on the central test set; {} where the data have none."""
+        test = self.data.dataset.test
+        if test is None:
+            return {}
+        self.set(x, buffers)
+        return summary(self.judge(test.inputs, test.targets), self.names)
+
+    def clients(
+        self,
+        x: Tensor,
+        buffers: Buffers,
+        *,
+        cap: int,
+        seed: int,
+        personal: Callable[[Ids], Tensor] | None = None,
+    ) -> dict[str, Floats]:
+        """Accuracy and loss of each client on its hold-out, or on its training data without one.
+
+        Args:
+            cap: at most so many clients, drawn once for the run.
+            personal: ids -> [b, D], what each client evaluates with; None for x.
+
+        Returns:
+            Columns ``client``, ``examples``, ``accuracy``, ``loss``.
+        """
+        data = self.data
+        held = len(data.holdout_index) > 0
+        rows_of = data.holdout_rows if held else data.rows
+        ids = np.arange(data.clients, dtype=np.int64)
+        if data.clients > cap:
+            rng = generator(seed, Purpose.SAMPLE, -1)
+            ids = np.sort(rng.choice(data.clients, cap, replace=False)).astype(np.int64)
+        sizes = (data.holdout_sizes if held else data.sizes)[ids]
+        place = np.repeat(np.arange(len(ids)), sizes).astype(np.int64)
+        train = data.dataset.train
+        if personal is None:
+            rows = torch.from_numpy(np.concatenate([rows_of(int(i)) for i in ids]))
+            self.set(x, buffers)
+            examples = self.judge(train.inputs[rows], train.targets[rows])
+        else:
+            parts = []
+            for client in ids[sizes > 0].tolist():
+                self.set(personal(np.array([client], np.int64))[0], buffers)
+                rows = torch.from_numpy(rows_of(client).copy())
+                parts.append(self.judge(train.inputs[rows], train.targets[rows]))
+            examples = joined(parts)
+        return {"client": ids.astype(np.float64), **by_client(examples, place, len(ids))}

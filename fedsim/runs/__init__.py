@@ -1,0 +1,1 @@
+"""What a run leaves behind: its folder, pictures, report, comparison and exports."""

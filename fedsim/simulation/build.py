@@ -1,0 +1,251 @@
+"""From a configuration to the parts of a simulation: data, model, strategy, policies.
+
+Everything that can be wrong is found here, before anything is written or trained.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from fedsim.availability import Availability, always
+from fedsim.config import Config
+from fedsim.data.dataset import Dataset
+from fedsim.data.federated import FederatedData
+from fedsim.errors import ConfigError, ModelError
+from fedsim.keys import Purpose, torch_seed
+from fedsim.models.load import check_model, make_model
+from fedsim.registry import load
+from fedsim.sampling import Sampler, cohort_size
+from fedsim.schedulers import Scheduler
+from fedsim.schema import build
+from fedsim.simulation.devices import DeviceModel, instant
+from fedsim.strategy import Strategy
+from fedsim.types import Population
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64}
+
+
+def build_data(config: Config, given: Dataset | FederatedData | None = None) -> FederatedData:
+    """The partitioned data set: loaded by name, or the user's own."""
+    if isinstance(given, FederatedData):
+        return given
+    dataset = given
+    if dataset is None:
+        parameters = dict(config.data.parameters)
+        if config.data.path is not None:
+            parameters["path"] = config.data.path
+        dataset = build(
+            load("datasets", config.data.name), parameters, where=f"[data] name = {config.data.name!r}"
+        )
+        assert isinstance(dataset, Dataset)
+    partition = config.data.partition
+    return dataset.split(
+        partition.kind,
+        clients=partition.clients,
+        seed=partition.seed,
+        min_examples=partition.min_examples,
+        on_empty=partition.on_empty,
+        holdout=config.evaluation.holdout,
+        **partition.parameters,
+    )
+
+
+def build_model(config: Config, data: FederatedData, given: Any = None) -> nn.Module:
+    """The model with its initial weights, drawn from the run's seed or read from a file.
+
+    Args:
+        given: an ``nn.Module``, a class or a function that returns one; None builds by name.
+    """
+    dataset = data.dataset
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(torch_seed(config.run.seed, Purpose.MODEL, 0))
+        module = make_model(
+            given if given is not None else config.model.target or config.model.name,
+            input_shape=dataset.input_shape,
+            classes=dataset.classes or 1,
+            params=config.model.parameters,
+        )
+    module = module.to(torch_device(config), DTYPES[config.engine.dtype]).train()
+    if config.model.weights is not None:
+        read_weights(module, Path(config.model.weights))
+    inputs = dataset.transforms.evaluate(dataset.train.inputs[:2])
+    if inputs.is_floating_point():
+        inputs = inputs.to(DTYPES[config.engine.dtype])
+    check_model(module.cpu(), inputs, dataset.train.targets[:2], dataset.task, dataset.classes)
+    return module.to(torch_device(config))
+
+
+def read_weights(module: nn.Module, path: Path) -> None:
+    """Load a safetensors file of this module's own names.
+
+    Raises:
+        ModelError: the file is missing, damaged, or does not fit.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    where = f"[model] weights = {str(path)!r}"
+    hint = "give a .safetensors file that fedsim wrote, or that holds this model's state_dict"
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ModelError(
+            "the initial weights cannot be read",
+            code="FS-MOD-034",
+            where=where,
+            why=str(error),
+            hint=hint,
+        ) from error
+    try:
+        module.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise ModelError(
+            "the initial weights do not fit the model",
+            code="FS-MOD-035",
+            where=where,
+            why=str(error),
+            hint=hint,
+        ) from error
+
+
+def torch_device(config: Config) -> torch.device:
+    """The device of this run.
+
+    Raises:
+        ConfigError: a GPU was asked for and there is none.
+    """
+    name = config.engine.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(
+            f"there is no device {name!r}",
+            code="FS-CFG-067",
+            where="[engine] device",
+            why=str(error).splitlines()[0],
+            hint="use cpu, cuda or cuda:0",
+        ) from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(
+            f"the device {name!r} was asked for and this machine has no GPU that torch can use",
+            code="FS-CFG-067",
+            where="[engine] device",
+            hint="use device = 'cpu' or 'auto'",
+        )
+    return device
+
+
+def build_strategy(config: Config, given: Strategy | None = None) -> Strategy:
+    """The strategy by name, or the user's own."""
+    if given is not None:
+        return given
+    strategy = build(
+        load("strategies", config.strategy.name),
+        config.strategy.parameters,
+        where=f"[strategy] name = {config.strategy.name!r}",
+    )
+    if not isinstance(strategy, Strategy):
+        raise ConfigError(
+            f"the plugin {config.strategy.name!r} does not return a fedsim.Strategy",
+            code="FS-CFG-068",
+            where="[strategy] name",
+            why=f"it returned {type(strategy).__name__}",
+            hint="its factory must return fedsim.strategy.Strategy(...)",
+        )
+    return strategy
+
+
+def build_scheduler(config: Config, population: int, strategy: Strategy) -> tuple[Scheduler, int]:
+    """The scheduler and the number of clients asked for in a round."""
+    cohort = cohort_size(config.round.sample, population)
+    quorum: int | float = 1 if config.round.quorum is None else config.round.quorum
+    if isinstance(quorum, float) and not quorum.is_integer():
+        quorum = math.ceil(quorum * cohort)
+    scheduler: Scheduler = build(
+        load("schedulers", config.scheduler.name),
+        config.scheduler.parameters,
+        where=f"[scheduler] name = {config.scheduler.name!r}",
+        given={
+            "cohort": cohort,
+            "quorum": int(quorum),
+            "deadline": config.round.deadline,
+            "overcommit": config.round.overcommit,
+        },
+    )
+    if scheduler.mode not in strategy.traits.modes:
+        modes = " or ".join(sorted(strategy.traits.modes))
+        raise ConfigError(
+            f"the strategy {config.strategy.name!r} cannot run under the scheduler {config.scheduler.name!r}",
+            code="FS-CFG-069",
+            where="[scheduler] name",
+            why=f"the scheduler is {scheduler.mode}, the strategy is made for {modes}",
+            hint=f"choose a {modes} scheduler, or another strategy",
+        )
+    return scheduler, cohort
+
+
+def build_sampler(config: Config) -> Sampler:
+    sampler: Sampler = build(
+        load("samplers", config.sampler.name),
+        config.sampler.parameters,
+        where=f"[sampler] name = {config.sampler.name!r}",
+    )
+    return sampler
+
+
+def build_availability(config: Config) -> Availability:
+    if config.availability.name is None:
+        return always()
+    model: Availability = build(
+        load("availability", config.availability.name),
+        config.availability.parameters,
+        where=f"[availability] name = {config.availability.name!r}",
+    )
+    return model
+
+
+def build_devices(config: Config) -> DeviceModel:
+    if config.devices.name is None:
+        return instant()
+    devices: DeviceModel = build(
+        load("devices", config.devices.name),
+        config.devices.parameters,
+        where=f"[devices] name = {config.devices.name!r}",
+    )
+    return devices
+
+
+def population_of(data: FederatedData) -> Population:
+    return Population(data.clients, data.sizes, np.zeros(data.clients, np.int64))
+
+
+def check_local(config: Config, strategy: Strategy, *, opaque: bool) -> None:
+    """What a strategy asks of local training.
+
+    Raises:
+        ConfigError: an optimiser without a normaliser, or an opaque client.
+    """
+    if strategy.traits.needs_normaliser and config.client.optimizer != "sgd":
+        raise ConfigError(
+            f"the strategy {config.strategy.name!r} divides by the sum of local step lengths, which "
+            f"{config.client.optimizer} does not have",
+            code="FS-CFG-070",
+            where="[client] optimizer",
+            hint="use optimizer = 'sgd'",
+        )
+    if strategy.traits.client_hooks and opaque:
+        raise ConfigError(
+            f"the strategy {config.strategy.name!r} changes the direction of local steps, which an "
+            "opaque training function does not show",
+            code="FS-CFG-071",
+            where="client",
+            hint="use a strategy such as fedavg, or describe local training by a LocalSpec",
+        )
