@@ -69,7 +69,7 @@ class ParamSpec:
     def unflatten(self, flat: Tensor) -> Vector:
         """Views of `flat` [..., D] as a Vector of tensors [..., *shape]."""
         lead = flat.shape[:-1]
-        parts = flat.split(self.sizes, dim=-1)
+        parts = torch.split(flat, list(self.sizes), dim=-1)
         return Vector(
             {
                 name: part.reshape(lead + shape)

@@ -75,7 +75,8 @@ class WindowState:
 
     def having(self, status: Status) -> Ids:
         """Ids with that status, in cohort order."""
-        return self.ids[self.status == status]
+        chosen: Ids = self.ids[self.status == status]
+        return chosen
 
     @property
     def received_in_order(self) -> Ids:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -162,8 +163,8 @@ class RowStore:
             self.folder.mkdir(parents=True, exist_ok=True)
             path = self.folder / f"{name}-{number:05d}.rows"
             numpy_dtype = torch.empty(0, dtype=dtype).numpy().dtype
-            mode = "r+" if path.exists() else "w+"
-            mapped = np.memmap(path, dtype=numpy_dtype, mode=mode, shape=full)
+            mode: Literal["r+", "w+"] = "r+" if path.exists() else "w+"
+            mapped: Any = np.memmap(path, numpy_dtype, mode, shape=full)
             self._segments[name].append(torch.from_numpy(mapped))
         first = self._slots
         self._slots += self._per_segment

@@ -120,7 +120,7 @@ def weighted_sum(weights: Floats | Tensor, rows: Tensor) -> Tensor:
     if len(rows) == 1:
         return rows[0].double() * w[0]
     width = max(1, (1 << 20) // len(rows))
-    return torch.cat([w @ part.double() for part in rows.split(width, dim=1)])
+    return torch.cat([w @ part.double() for part in torch.split(rows, width, dim=1)])
 
 
 def fold_deltas(

@@ -67,7 +67,7 @@ class Batch(NamedTuple):
     targets: Tensor
     mask: Tensor
     lr: Tensor
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]  # hides tuple.index, which nobody asks a batch for
     total: Tensor
     epoch_start: Tensor
     active: Tensor

@@ -99,13 +99,6 @@ def _flatten(vector: Vector) -> tuple[list[Tensor], tuple[str, ...]]:
     return list(vector.tensors.values()), tuple(vector.tensors)
 
 
-def _flatten_with_keys(
-    vector: Vector,
-) -> tuple[list[tuple[pytree.MappingKey[str, Tensor], Tensor]], tuple[str, ...]]:
-    items = vector.tensors.items()
-    return [(pytree.MappingKey(name), t) for name, t in items], tuple(vector.tensors)
-
-
 def _unflatten(tensors: Iterable[Tensor], names: tuple[str, ...]) -> Vector:
     return Vector(dict(zip(names, tensors, strict=True)))
 
@@ -114,6 +107,5 @@ pytree.register_pytree_node(
     Vector,
     _flatten,
     _unflatten,
-    flatten_with_keys_fn=_flatten_with_keys,
     serialized_type_name="fedsim.Vector",
 )

@@ -16,9 +16,11 @@ registered clients, η_g server rate.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
+import torch
 from torch import Tensor
 
 from fedsim.errors import ConfigError
@@ -74,6 +76,26 @@ def mean_delta(reduced: dict[str, Tensor]) -> Tensor | None:
     return reduced["delta"] / weight
 
 
+def server_vector(x0: Tensor) -> Tensor:
+    """[D] zeros for what a server remembers between windows: the dtype of x, at least float32.
+
+    A momentum in bfloat16 would lose every contribution below 1/256 of what it already holds.
+    """
+    return torch.zeros_like(x0, dtype=torch.promote_types(x0.dtype, torch.float32))
+
+
+def weighing(weighting: Literal["examples", "uniform"]) -> Callable[[Any, Meta], tuple[Floats, Bools]]:
+    """`weigh` of a strategy whose Δ̄ is a normalised mean: a_i = n_i / Σ_S n_j or 1 / |S|."""
+    return by_examples if weighting == "examples" else uniformly
+
+
+def check_finite(**numbers: float) -> None:
+    """Refuse NaN and infinity among a factory's parameters, naming the parameter."""
+    for name, value in numbers.items():
+        if not math.isfinite(value):
+            raise ValueError(f"{name} must be finite, got {value}")
+
+
 def fedavg(
     *,
     server_lr: float = 1.0,
@@ -87,8 +109,7 @@ def fedavg(
         weighting: how clients are weighted, see the module's table.
         importance: p_i of ``population``: 1/N, or n_i / Σ n_j over all registered clients.
     """
-    if not np.isfinite(server_lr):
-        raise ValueError(f"server_lr must be finite, got {server_lr}")
+    check_finite(server_lr=server_lr)
 
     def init_checked(x0: Tensor, spec: ParamSpec, population: Population) -> State:
         if weighting == "population" and importance == "examples" and population.examples is None:

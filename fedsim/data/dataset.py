@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
@@ -16,13 +15,11 @@ from fedsim.errors import DataError
 
 if TYPE_CHECKING:
     from fedsim.data.federated import FederatedData
+    from fedsim.data.partition_scheme import Divide
 
 Ints: TypeAlias = npt.NDArray[np.int64]
 Task: TypeAlias = Literal["classification", "binary", "next-token", "regression"]
 TASKS: tuple[str, ...] = get_args(Task)
-
-Partitioner: TypeAlias = Callable[[Ints, Ints | None, int, np.random.Generator], Ints | tuple[Ints, Ints]]
-"""``(labels [n], owners [n] or None, clients, rng) -> assignment [n]``, or ``(index, offsets)``."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -92,7 +89,7 @@ class Dataset:
 
     def split(
         self,
-        partitioner: str | Partitioner,
+        partitioner: str | Divide,
         *,
         clients: int | None = None,
         seed: int = 0,
@@ -202,7 +199,7 @@ def check_labels(targets: Tensor, classes: int, *, where: str) -> None:
     """
     wrong = (targets < 0) | (targets >= classes)
     if bool(wrong.any()):
-        position = tuple(wrong.nonzero()[0].tolist())
+        position: tuple[int, ...] = tuple(wrong.nonzero()[0].tolist())
         raise DataError(
             f"label {int(targets[position])} is outside 0 … {classes - 1}",
             code="FS-DAT-007",
@@ -220,12 +217,11 @@ def check_finite(values: Tensor, *, what: str, where: str) -> None:
     """
     finite = values.isfinite()
     if not bool(finite.all()):
-        position = tuple((~finite).nonzero()[0].tolist())
-        column = f", column {list(position[1:])}" if len(position) > 1 else ""
+        row, *rest = (~finite).nonzero()[0].tolist()
         raise DataError(
-            f"{what} value {float(values[position])} is not a finite number",
+            f"{what} value {float(values[(row, *rest)])} is not a finite number",
             code="FS-DAT-008",
-            where=f"{where}, row {position[0]}{column}",
+            where=f"{where}, row {row}" + (f", column {rest}" if rest else ""),
             why=f"{int((~finite).sum())} of {values.numel()} values are not finite",
             hint="remove these rows or fill in their values first",
         )

@@ -101,11 +101,11 @@ def _from_cache(entry: Path, build: Callable[[_Content], Dataset]) -> Dataset | 
     tensors, metadata = stored
     try:
         dataset = build(_unpacked(tensors, metadata))
-        problem = None if dataset.digest == metadata["digest"] else "digest differs"
+        if dataset.digest == metadata["digest"]:
+            return dataset
+        problem = "its digest differs"
     except (DataError, KeyError, ValueError) as error:
         problem = f"{type(error).__name__}: {error.args[0] if error.args else ''}"
-    if problem is None:
-        return dataset
     _log.warning("cache=%s damaged=%r action=decode-again", entry, problem)
     return None
 

@@ -24,9 +24,10 @@ def digits() -> Dataset:
     """
     from sklearn.datasets import load_digits
 
-    source = load_digits()
-    pixels = np.rint(source.images * (transforms.WHITE / _INK)).astype(np.uint8)[:, None]
-    labels = source.target.astype(np.int64)
+    ink, classes = load_digits(return_X_y=True)  # [1797, 64], [1797]
+    stretched = np.asarray(ink, dtype=np.float64) * (transforms.WHITE / _INK)
+    pixels = np.rint(stretched).astype(np.uint8).reshape(-1, 1, 8, 8)
+    labels = np.asarray(classes, dtype=np.int64)
     kept, held = split_rows(len(labels), _TEST_FRACTION, seed=_SPLIT_SEED)
     mean, std = channel_statistics(pixels[kept])
     return make_dataset(
@@ -36,5 +37,5 @@ def digits() -> Dataset:
         test=Split(torch.from_numpy(pixels[held]), torch.from_numpy(labels[held])),
         transforms=transforms.image(mean, std),
         classes=10,
-        label_names=tuple(str(name) for name in source.target_names),
+        label_names=tuple(str(digit) for digit in range(10)),
     )

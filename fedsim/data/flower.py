@@ -20,11 +20,11 @@ _LABEL, _OWNER, _ROW = "label", "owner", "row"
 _BY_OWNER = frozenset({"NaturalIdPartitioner", "GroupedNaturalIdPartitioner"})
 
 
-def flower(*, partitioner: str, options: Mapping[str, Any] | None = None) -> Scheme:
+def flower(*, method: str, options: Mapping[str, Any] | None = None) -> Scheme:
     """Any flwr-datasets partitioner that divides examples.
 
     Args:
-        partitioner: class name, such as ``DirichletPartitioner``.
+        method: class name, such as ``DirichletPartitioner``.
         options: its own keyword arguments, such as ``{alpha = 0.5}``. ``num_partitions`` is the
             number of clients, ``partition_by`` the label (or the owner for the natural-id classes)
             and ``seed`` comes from the partition's seed, unless they are given here.
@@ -34,20 +34,20 @@ def flower(*, partitioner: str, options: Mapping[str, Any] | None = None) -> Sch
         DataError (when it divides): FS-DAT-047, the class gave up or needs what the data lack.
     """
     given = dict(options or {})
-    build, accepted = _class_of(partitioner)
+    build, accepted = _class_of(method)
     unknown = [key for key in given if key not in accepted]
     if unknown:
         raise _refused(
-            f"{partitioner} takes no option {unknown[0]!r}", f"it takes: {', '.join(accepted)}"
+            f"{method} takes no option {unknown[0]!r}", f"it takes: {', '.join(accepted)}"
         )
 
     def divide(
         labels: Ints, owners: Ints | None, clients: int, rng: np.random.Generator
     ) -> tuple[Ints, Ints]:
-        by_owner = partitioner in _BY_OWNER
+        by_owner = method in _BY_OWNER
         if by_owner and owners is None:
             raise DataError(
-                f"{partitioner} needs data with natural clients",
+                f"{method} needs data with natural clients",
                 code="FS-DAT-047",
                 where="data.partition",
                 why="no owner is recorded for any example",
@@ -64,10 +64,10 @@ def flower(*, partitioner: str, options: Mapping[str, Any] | None = None) -> Sch
                 "the number of clients is missing",
                 code="FS-DAT-040",
                 where="data.partition.clients",
-                why=f"{partitioner} does not know it from the data",
+                why=f"{method} does not know it from the data",
                 hint="set data.partition.clients",
             )
-        return _rows_of(partitioner, build, arguments, _columns(labels, owners))
+        return _rows_of(method, build, arguments, _columns(labels, owners))
 
     return Scheme(divide, needs_clients=False)
 
@@ -106,7 +106,8 @@ def _rows_of(
         instance = build(**arguments)
         instance.dataset = datasets.Dataset.from_dict(dict(columns)).with_format("numpy")
         parts = [
-            np.asarray(instance.load_partition(i)[_ROW], dtype=np.int64)
+            # A slice is one array; a column would be read row by row.
+            np.asarray(instance.load_partition(i)[:][_ROW], dtype=np.int64)
             for i in range(int(instance.num_partitions))
         ]
     # Any: each class has its own ways of refusing, none of them documented.

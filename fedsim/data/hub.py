@@ -7,9 +7,12 @@ by our own decoder; the `datasets` library would build a second copy of them in 
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
-from fedsim.errors import DataError
+from fedsim.errors import DataError, EnvironmentProblem
+
+_OF_THE_DISK = frozenset({errno.ENOSPC, errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG})
 
 
 def download(repo: str, *, revision: str = "main", config: str | None = None) -> Path:
@@ -26,6 +29,7 @@ def download(repo: str, *, revision: str = "main", config: str | None = None) ->
     Raises:
         DataError: FS-DAT-009 when the hub cannot be reached and nothing was fetched before,
             FS-DAT-010 when there is no such data set, no access, or no parquet file in it.
+        EnvironmentProblem: FS-DAT-031, the fetched files cannot be written.
     """
     import httpx
     from huggingface_hub import snapshot_download
@@ -51,6 +55,14 @@ def download(repo: str, *, revision: str = "main", config: str | None = None) ->
             hint="check the name; a private or gated set needs HF_TOKEN",
         ) from error
     except (LocalEntryNotFoundError, HfHubHTTPError, httpx.HTTPError, OSError) as error:
+        if isinstance(error, OSError) and error.errno in _OF_THE_DISK:
+            raise EnvironmentProblem(
+                f"data set {repo!r} cannot be written to the hub's cache",
+                code="FS-DAT-031",
+                where=str(error.filename or repo),
+                why=_first_line(error),
+                hint="free some space, or point HF_HOME at another folder",
+            ) from error
         raise DataError(
             f"data set {repo!r} cannot be fetched from the hub",
             code="FS-DAT-009",

@@ -79,7 +79,16 @@ def from_arrays(
     train = Split(as_inputs(inputs, name), as_targets(targets, name))
     held = None if test is None else Split(as_inputs(test[0], name), as_targets(test[1], name))
     owners, owner_names = (None, ()) if client_ids is None else _owners(client_ids, len(train))
-    dataset = _dataset(name, train, held, task, classes, transforms, owners, owner_names)
+    dataset = _dataset(
+        name,
+        train,
+        test=held,
+        task=task,
+        classes=classes,
+        transforms=transforms,
+        owners=owners,
+        owner_names=owner_names,
+    )
     return dataset if owners is None else _grouped(dataset, owners, owner_names)
 
 
@@ -133,13 +142,23 @@ def from_datasets(
     held = None if test is None else collected(test, "test set")
     sizes = [0 if part is None else len(part) for part in parts]
     owners = np.repeat(np.arange(len(parts)), sizes).astype(np.int64)
-    dataset = _dataset(name, train, held, task, classes, transforms, owners, tuple(names))
+    dataset = _dataset(
+        name,
+        train,
+        test=held,
+        task=task,
+        classes=classes,
+        transforms=transforms,
+        owners=owners,
+        owner_names=tuple(names),
+    )
     return _grouped(dataset, owners, tuple(names), clients=len(parts))
 
 
 def _dataset(
     name: str,
     train: Split,
+    *,
     test: Split | None,
     task: Task | None,
     classes: int | None,

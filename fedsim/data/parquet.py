@@ -188,9 +188,11 @@ def _batches(path: Path, file: ParquetFile, columns: Columns) -> Iterator[pa.Rec
 def _bytes_of(column: pa.Array) -> pa.Array:
     """The encoded images of a column of bytes, or of a struct with a field ``bytes``."""
     import pyarrow as pa
-    import pyarrow.compute as pc
 
-    return pc.struct_field(column, "bytes") if pa.types.is_struct(column.type) else column
+    if not pa.types.is_struct(column.type):
+        return column
+    # Unlike field(), flatten() passes the nulls of the struct on to its fields.
+    return column.flatten()[column.type.get_field_index("bytes")]
 
 
 def _integers(column: pa.Array, name: str, where: Callable[[int], str], start: int) -> npt.NDArray[np.int64]:

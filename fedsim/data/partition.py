@@ -211,8 +211,14 @@ def _divide(
 ) -> _Division:
     """Run the partitioner and apply the rule for short clients."""
     labels = dataset.labels
-    if scheme.needs_clients:
-        _check_number(clients, len(labels), min_examples=min_examples, keep_empty=keep_empty)
+    if scheme.needs_clients and clients is None:
+        raise ConfigError(
+            "the number of clients is missing",
+            code="FS-DAT-040",
+            where="data.partition.clients",
+            why='only data with owners (kind = "natural") know it themselves',
+            hint="set data.partition.clients",
+        )
     answer = scheme(labels, dataset.owners, clients or 0, _stream(seed, _Stream.DIVIDE))
     index, offsets = checked_division(answer, labels, clients, scheme, name)
     everyone = np.arange(len(offsets) - 1, dtype=np.int64)
@@ -230,9 +236,6 @@ def _divide(
         return _Division(index, offsets, kept, note)
     if not short.any():
         return _Division(index, offsets, everyone, "")
-    lacking = missing_examples(np.diff(offsets), min_examples, keep_empty=keep_empty)
-    if lacking:
-        raise _impossible(len(everyone), len(index), min_examples=min_examples)
     if _shared(index, len(labels)):
         # Moving a row that several clients own would not make anyone larger by a new example.
         raise DataError(
@@ -242,6 +245,9 @@ def _divide(
             why=f"{name} lets clients share rows, so none can be moved between them",
             hint="lower min_examples, or give each client more examples in the partitioner",
         )
+    lacking = missing_examples(np.diff(offsets), min_examples, keep_empty=keep_empty)
+    if lacking:
+        raise _impossible(len(everyone), len(index), min_examples=min_examples)
     filled = fill_short_clients(
         index,
         offsets,
@@ -251,21 +257,6 @@ def _divide(
     )
     note = f", {filled.moved} examples moved to {filled.clients} short clients"
     return _Division(filled.index, filled.offsets, everyone, note)
-
-
-def _check_number(
-    clients: int | None, examples: int, *, min_examples: int, keep_empty: bool
-) -> None:
-    if clients is None:
-        raise ConfigError(
-            "the number of clients is missing",
-            code="FS-DAT-040",
-            where="data.partition.clients",
-            why='only data with owners (kind = "natural") know it themselves',
-            hint="set data.partition.clients",
-        )
-    if not keep_empty and clients * min_examples > examples:
-        raise _impossible(clients, examples, min_examples=min_examples)
 
 
 def _impossible(clients: int, examples: int, *, min_examples: int) -> ConfigError:

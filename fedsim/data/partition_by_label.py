@@ -173,8 +173,8 @@ def pathological(*, classes_per_client: int = 2) -> Divide:
     """Each client owns `classes_per_client` classes; a class is divided evenly among its owners.
 
     The split by quantity of labels, ``#C = k``, of Li et al. 2022, "Federated learning on non-IID
-    data silos", section IV-A. Classes are dealt from shuffled decks, so that each has the same number of owners
-    to within one and none is left out.
+    data silos", section IV-A. Classes are dealt from shuffled decks, so that each has the same
+    number of owners to within one and none is left out.
 
     Args:
         classes_per_client: k, 1 … K.

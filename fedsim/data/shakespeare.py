@@ -55,23 +55,23 @@ def shakespeare(
         ConfigError: FS-DAT-011, a parameter out of range.
     """
     stride = seq_len if stride is None else stride
-    _check_parameters(seq_len, stride, target, vocabulary, test_fraction)
+    _check_parameters(seq_len, stride, target=target, vocabulary=vocabulary, test_fraction=test_fraction)
     file = _find(path)
     text = _read(file)
     speeches = _by_role(text, file)
     characters = "".join(sorted(set(text))) if vocabulary == "file" else PRINTABLE
-    codes = {role: _encode(speech, characters, file, role) for role, speech in speeches.items()}
+    codes = {role: _encode(speech, characters, file=file, role=role) for role, speech in speeches.items()}
 
     train: list[tuple[Ints, Ints]] = []
     test: list[tuple[Ints, Ints]] = []
     names: list[str] = []
     for role, sequence in codes.items():
         cut = len(sequence) - round(len(sequence) * test_fraction)
-        mine = _windows(sequence[:cut], seq_len, stride, target)
+        mine = _windows(sequence[:cut], seq_len, stride=stride, target=target)
         if len(mine[0]):
             names.append(role)
             train.append(mine)
-            test.append(_windows(sequence[cut:], seq_len, stride, target))
+            test.append(_windows(sequence[cut:], seq_len, stride=stride, target=target))
     if not train:
         raise DataError(
             "no role speaks enough for one training example",
@@ -94,7 +94,9 @@ def shakespeare(
     )
 
 
-def _check_parameters(seq_len: int, stride: int, target: str, vocabulary: str, test_fraction: float) -> None:
+def _check_parameters(
+    seq_len: int, stride: int, *, target: str, vocabulary: str, test_fraction: float
+) -> None:
     wrong = {
         f"seq_len = {seq_len} is not positive": seq_len < 1,
         f"stride = {stride} is not positive": stride < 1,
@@ -169,7 +171,7 @@ def _by_role(text: str, file: Path) -> dict[str, str]:
     return {role: "\n".join(parts) for role, parts in speeches.items()}
 
 
-def _encode(speech: str, characters: str, file: Path, role: str) -> Ints:
+def _encode(speech: str, characters: str, *, file: Path, role: str) -> Ints:
     """int64 [len(speech)], positions in the vocabulary."""
     points = np.array([ord(c) for c in characters], dtype=np.int64)  # ascending
     text = np.frombuffer(speech.encode("utf-32-le"), dtype="<u4").astype(np.int64)
@@ -186,7 +188,7 @@ def _encode(speech: str, characters: str, file: Path, role: str) -> Ints:
     return codes.astype(np.int64)
 
 
-def _windows(sequence: Ints, seq_len: int, stride: int, target: str) -> tuple[Ints, Ints]:
+def _windows(sequence: Ints, seq_len: int, *, stride: int, target: str) -> tuple[Ints, Ints]:
     """Inputs [n, T] and targets [n, T] or [n]; n = 0 when the text is too short."""
     if len(sequence) <= seq_len:
         empty = np.zeros((0, seq_len), dtype=np.int64)

@@ -53,7 +53,15 @@ def synthetic(
     Raises:
         ConfigError: FS-DAT-011, a parameter out of range.
     """
-    _check_parameters(alpha, beta, clients, features, classes, examples, test_fraction)
+    _check_parameters(
+        alpha,
+        beta,
+        clients=clients,
+        features=features,
+        classes=classes,
+        examples=examples,
+        test_fraction=test_fraction,
+    )
     deviation = np.arange(1, features + 1, dtype=np.float64) ** -0.6  # square root of j^-1.2
     shared = _stream(seed, clients)
     common = shared.standard_normal((features, classes)), shared.standard_normal(classes)
@@ -100,6 +108,7 @@ def _joined(parts: list[tuple[Floats, Ints]]) -> Split:
 def _check_parameters(
     alpha: float,
     beta: float,
+    *,
     clients: int,
     features: int,
     classes: int,

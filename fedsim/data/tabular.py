@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -56,7 +57,7 @@ def tabular(
             (``one-hot``), or are refused (``error``).
         standardise: subtract the training mean from each numeric column and divide by the training
             standard deviation; a constant column becomes 0. Columns from text are left alone.
-        test_path: a second file with the same columns as the test set.
+        test_path: a second file as the test set, with the same columns (`client` may be missing).
         test_fraction: without `test_path`, share of the rows set aside; 0 for no test set.
         seed: of that choice.
         delimiter: between the fields of a line.
@@ -66,21 +67,31 @@ def tabular(
             (008), a column that does not fit its use (016).
         ConfigError: FS-DAT-011, a parameter out of range.
     """
+    import pandas as pd
+
     file = Path(path).expanduser()
-    table = _read(file, delimiter)
+    aside = [target, *([client] if client else [])]
+    table = _usable(file, delimiter, drop=drop, needed=[*aside, *drop])
     rows = len(table)
-    if test_path is not None:
-        test_file = Path(test_path).expanduser()
-        table = _stacked(table, _read(test_file, delimiter), test_file)
-        kept, held = np.arange(rows), np.arange(rows, len(table))
-    else:
+    if test_path is None:
         kept, held = split_rows(rows, test_fraction, seed=seed)
-    _need_columns(table, file, [target, *([client] if client else []), *drop])
-    _refuse_gaps(table.drop(columns=list(drop)), file, rows)
-    goal = _target(table[target], task, file)
-    aside = [target, *drop, *([client] if client else [])]
-    features = _features(table.drop(columns=aside), kept, file, categorical, standardise)
-    owners, owner_names = _owners(table[client], kept) if client else (None, ())
+    else:
+        test_file = Path(test_path).expanduser()
+        # The owner of a test example is nobody's concern: its file may lack the client column.
+        needed = [name for name in table.columns if name != client]
+        second = _usable(test_file, delimiter, drop=drop, needed=needed)
+        table = cast("pd.DataFrame", pd.concat([table, second[needed]], ignore_index=True))
+        kept, held = np.arange(rows), np.arange(rows, len(table))
+    goal = _target(_column(table, target), task, file=file)
+    features = _features(
+        table,
+        [name for name in table.columns if name not in aside],
+        train=kept,
+        file=file,
+        categorical=categorical,
+        standardise=standardise,
+    )
+    mine = None if client is None else _numbered(_column(table, client).iloc[kept])
     inputs, targets = torch.from_numpy(features), torch.from_numpy(goal.values)
     return make_dataset(
         "tabular",
@@ -89,8 +100,8 @@ def tabular(
         test=Split(inputs[held], targets[held]) if len(held) else None,
         transforms=transforms.identity(),
         classes=None if goal.task == "regression" else len(goal.names),
-        owners=owners,
-        owner_names=owner_names,
+        owners=None if mine is None else mine[0],
+        owner_names=() if mine is None else mine[1],
         label_names=goal.names,
         where=str(file),
     )
@@ -121,11 +132,13 @@ def _read(file: Path, delimiter: str) -> pd.DataFrame:
     return table
 
 
-def _stacked(train: pd.DataFrame, test: pd.DataFrame, test_file: Path) -> pd.DataFrame:
-    import pandas as pd
-
-    _need_columns(test, test_file, list(train.columns))
-    return pd.concat([train, test[list(train.columns)]], ignore_index=True)
+def _usable(file: Path, delimiter: str, *, drop: Sequence[str], needed: list[str]) -> pd.DataFrame:
+    """The table without the columns to `drop`, if it had all `needed` ones and has no gaps."""
+    table = _read(file, delimiter)
+    _need_columns(table, file, needed)
+    table = table.drop(columns=list(drop), errors="ignore")
+    _refuse_gaps(table, file)
+    return table
 
 
 def _need_columns(table: pd.DataFrame, file: Path, columns: list[str]) -> None:
@@ -140,27 +153,24 @@ def _need_columns(table: pd.DataFrame, file: Path, columns: list[str]) -> None:
             )
 
 
-def _refuse_gaps(table: pd.DataFrame, file: Path, train_rows: int) -> None:
+def _refuse_gaps(table: pd.DataFrame, file: Path) -> None:
     """No empty field and no infinite number anywhere."""
-    numeric = table.select_dtypes("number")
-    bad = table.isna().to_numpy()
-    infinite = np.isinf(numeric.to_numpy(dtype=np.float64))
-    bad[:, [table.columns.get_loc(name) for name in numeric.columns]] |= infinite
+    bad = table.isna().to_numpy().copy()
+    for place, name in enumerate(table.columns):
+        if table[name].dtype.kind == "f":
+            bad[:, place] |= np.isinf(table[name].to_numpy())
     if bad.any():
         row, column = (int(i) for i in np.argwhere(bad)[0])
-        name = table.columns[column]
-        part = "" if row < train_rows else " of the test file"
-        line = (row if row < train_rows else row - train_rows) + 2  # the header is line 1
         raise DataError(
-            f"column {name!r} has an empty or infinite value",
+            f"column {table.columns[column]!r} has an empty or infinite value",
             code="FS-DAT-008",
-            where=f"{file}, line {line}{part}, column {name}",
+            where=f"{file}, row {row + 1} after the header, column {table.columns[column]}",
             why=f"{int(bad.sum())} such values in {int(bad.any(axis=1).sum())} of {len(table)} rows",
             hint="fill the values in, remove these rows, or leave the column out with data.drop",
         )
 
 
-def _target(column: pd.Series, task: TableTask, file: Path) -> _Target:
+def _target(column: pd.Series, task: TableTask, *, file: Path) -> _Target:
     from pandas.api import types
 
     if task not in ("auto", "binary", "classification", "regression"):
@@ -192,19 +202,25 @@ def _target(column: pd.Series, task: TableTask, file: Path) -> _Target:
         )
     if task == "regression":
         return _Target("regression", column.to_numpy(dtype=np.float32), ())
-    values, codes = np.unique(column.to_numpy(), return_inverse=True)
-    names = tuple(str(value) for value in values)
-    return _Target("binary" if task == "binary" else "classification", codes.astype(np.int64), names)
+    codes, names = _numbered(column)
+    return _Target("binary" if task == "binary" else "classification", codes, names)
+
+
+def _column(table: pd.DataFrame, name: str) -> pd.Series:
+    """One column: `read_csv` gives equal headers different names, so there is only one of a name."""
+    return cast("pd.Series", table[name])
 
 
 def _features(
     table: pd.DataFrame,
+    columns: list[str],
+    *,
     train: npt.NDArray[np.int64],
     file: Path,
     categorical: str,
     standardise: bool,
 ) -> npt.NDArray[np.float32]:
-    """[n, F]: numeric columns first, in the file's order, then one column per value of the others."""
+    """[n, F]: numeric `columns` first, in the file's order, then one column per value of the others."""
     import pandas as pd
 
     if categorical not in ("one-hot", "error"):
@@ -214,26 +230,35 @@ def _features(
             where="data.categorical",
             hint="use 'one-hot' or 'error'",
         )
-    numeric = table.select_dtypes("number")
-    other = [name for name in table.columns if name not in numeric.columns]
-    if not len(table.columns) or (other and categorical == "error"):
+    numeric = [name for name in columns if table[name].dtype.kind in "iuf"]
+    other = [name for name in columns if name not in numeric]
+    if not columns:
         raise DataError(
-            "there are no features" if not other else f"column {other[0]!r} does not hold numbers",
+            "there are no features",
             code="FS-DAT-016",
             where=str(file),
-            hint="leave it out with data.drop, or set data.categorical = 'one-hot'"
-            if other
-            else "the table needs a column besides target and client",
+            hint="the table needs a column besides target and client",
         )
-    parts = [numeric.to_numpy(dtype=np.float64)]
+    if other and categorical == "error":
+        raise DataError(
+            f"column {other[0]!r} does not hold numbers",
+            code="FS-DAT-016",
+            where=f"{file}, column {other[0]}",
+            hint="leave it out with data.drop, or set data.categorical = 'one-hot'",
+        )
+    values = table[numeric].to_numpy(dtype=np.float64)
     if standardise:
-        mean, std = parts[0][train].mean(axis=0), parts[0][train].std(axis=0)
-        parts[0] = (parts[0] - mean) / np.where(std > 0, std, 1.0)
+        mean, std = values[train].mean(axis=0), values[train].std(axis=0)
+        values = (values - mean) / np.where(std > 0, std, 1.0)
     if other:
-        parts.append(pd.get_dummies(table[other].astype(str)).to_numpy(dtype=np.float64))
-    return np.concatenate(parts, axis=1).astype(np.float32)
+        one_hot = pd.get_dummies(table[other].astype(str)).to_numpy(dtype=np.float64)
+        values = np.concatenate([values, one_hot], axis=1)
+    return np.asarray(values, dtype=np.float32)
 
 
-def _owners(column: pd.Series, train: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], tuple[str, ...]]:
-    values, codes = np.unique(column.to_numpy()[train], return_inverse=True)
+def _numbered(column: pd.Series) -> tuple[npt.NDArray[np.int64], tuple[str, ...]]:
+    """[n] position of each value among the sorted distinct values, and these values as text."""
+    # Text as text: a column may mix numbers and words, which have no order among each other.
+    plain = column.to_numpy() if column.dtype.kind in "iufb" else column.astype(str).to_numpy(str)
+    values, codes = np.unique(plain, return_inverse=True)
     return codes.astype(np.int64), tuple(str(value) for value in values)

@@ -89,7 +89,7 @@ def software() -> Facts:
             "cuda": torch.version.cuda,
             "commit": torch.version.git_version,
             "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-            "mkl": torch.backends.mkl.is_available(),
+            "mkl": bool(torch.backends.mkl.is_available()),  # type: ignore[no-untyped-call]
             "threads": torch.get_num_threads(),
         },
     }
@@ -99,13 +99,15 @@ def packages() -> dict[str, str]:
     """Installed versions, by name: fedsim, its dependencies, and whoever registers plugins for it."""
     wanted = {"fedsim"}
     try:
-        wanted |= {re.split(r"[^A-Za-z0-9._-]", need)[0] for need in metadata.requires("fedsim") or ()}
+        needs = metadata.requires("fedsim") or ()
+        used = [need for need in needs if not re.search(r"extra == .dev\b", need)]
+        wanted |= {re.split(r"[^A-Za-z0-9._-]", need)[0] for need in used}
     except metadata.PackageNotFoundError:
         wanted |= {"torch", "numpy"}  # run from its source tree, without an installation
     wanted |= {
-        entry.dist.name
-        for entry in metadata.entry_points()
-        if entry.group.startswith("fedsim.") and entry.dist is not None
+        found.name
+        for found in metadata.distributions()
+        if any(entry.group.startswith("fedsim.") for entry in found.entry_points)
     }
     versions: dict[str, str] = {}
     for name in sorted(wanted, key=str.lower):

@@ -29,7 +29,7 @@ def problem(error: OSError, path: Path) -> EnvironmentProblem:
             code="FS-ENV-021",
             where=str(path),
             why=said,
-            hint="free some space or raise the limit and resume the run, or choose another disk with --runs DIR",
+            hint="free some space and resume the run, or choose another disk with --runs DIR",
         )
     if error.errno in _FORBIDDEN:
         return EnvironmentProblem(

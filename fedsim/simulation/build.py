@@ -19,7 +19,7 @@ from fedsim.data.dataset import Dataset
 from fedsim.data.federated import FederatedData
 from fedsim.errors import ConfigError, ModelError
 from fedsim.keys import Purpose, torch_seed
-from fedsim.models.load import check_model, make_model
+from fedsim.models import check_model, make_model
 from fedsim.registry import load
 from fedsim.sampling import Sampler, cohort_size
 from fedsim.schedulers import Scheduler
@@ -77,8 +77,14 @@ def build_model(config: Config, data: FederatedData, given: Any = None) -> nn.Mo
     inputs = dataset.transforms.evaluate(dataset.train.inputs[:2])
     if inputs.is_floating_point():
         inputs = inputs.to(DTYPES[config.engine.dtype])
-    check_model(module.cpu(), inputs, dataset.train.targets[:2], dataset.task, dataset.classes)
-    return module.to(torch_device(config))
+    check_model(
+        module,
+        inputs.to(torch_device(config)),
+        targets=dataset.train.targets[:2],
+        task=dataset.task,
+        classes=dataset.classes,
+    )
+    return module
 
 
 def read_weights(module: nn.Module, path: Path) -> None:

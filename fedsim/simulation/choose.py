@@ -9,16 +9,12 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-import torch
-from torch.func import vmap
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from fedsim.buffers import Buffers
 from fedsim.errors import ModelError
-from fedsim.flat import flat_of
 from fedsim.local import LocalSpec
-from fedsim.simulation.trainer import Workplace, buffer_dict
-from fedsim.types import Batch, Ids
+from fedsim.models import has_batchnorm, stackable
+from fedsim.simulation.trainer import Workplace
+from fedsim.types import Ids
 
 # Above this a stack of parameters no longer pays on a CPU: the products are then large enough by
 # themselves and the stack leaves the cache (docs/architecture.md, Engines).
@@ -47,43 +43,25 @@ def block_size(place: Workplace, spec: LocalSpec, cohort: int, sizes: Ids) -> in
     return int(np.clip(min(by_parameters, by_batch), 1, min(cohort, LARGEST_BLOCK)))
 
 
-def why_not_stacked(place: Workplace, buffers: Buffers, spec: LocalSpec, sizes: Ids) -> str | None:
+def why_not_stacked(place: Workplace, spec: LocalSpec, sizes: Ids) -> str | None:
     """Why the stacked engine cannot run this model on these clients, None where it can."""
-    batch_norm = [n for n, m in place.module.named_modules() if isinstance(m, _BatchNorm)]
     ragged = (sizes % spec.batch_size).any() if spec.batch_size else len(np.unique(sizes)) > 1
-    if batch_norm and ragged:
+    if has_batchnorm(place.module) and ragged:
         return (
-            f"{batch_norm[0]} takes statistics over the batch, and some clients have a short batch "
+            "batch normalisation takes statistics over the batch, and some clients have a short batch "
             "that a stack would have to pad"
         )
-    two = place.clients.gather(np.array([0, 0]), np.zeros((2, 2), np.int64), None, train=False)
-    like = torch.zeros((), dtype=place.clients.dtype, device=place.clients.device)
-    x = place.spec.stack(flat_of(place.module, place.spec).to(like.device), 2)
-    stacked_buffers = {n: torch.stack([b, b]) for n, b in buffer_dict(place, buffers).items()}
-    batch = Batch(
-        two[0],
-        two[1],
-        like.new_ones(2, 2),
-        like,
-        like.long(),
-        like.long(),
-        like.bool(),
-        like.bool(),
-        like,
-        stacked_buffers,
-    )
-    dims = Batch(0, 0, 0, None, None, None, None, None, None, 0, 0)  # type: ignore[arg-type]
-    try:
-        vmap(place.grad_fn, in_dims=(0, dims), randomness="different")(x, batch)
-    except (RuntimeError, ValueError, TypeError) as error:
-        return f"torch.func.vmap refuses the model: {str(error).splitlines()[0]}"
-    return None
+    clients = place.clients
+    owner = int(np.argmax(sizes))
+    rows = np.zeros((1, 2), np.int64)
+    inputs, _ = clients.gather(np.array([owner]), rows, None, train=False)
+    verdict = stackable(place.module, inputs[0])
+    return None if verdict.possible else verdict.reason
 
 
 def choose(
     asked: str,
     place: Workplace,
-    buffers: Buffers,
     *,
     spec: LocalSpec,
     cohort: int,
@@ -102,7 +80,7 @@ def choose(
     if asked == "loop":
         return Choice("loop", 1, "asked for")
     sizes = place.clients.data.sizes
-    blocker = why_not_stacked(place, buffers, spec, sizes)
+    blocker = why_not_stacked(place, spec, sizes)
     size = block or block_size(place, spec, cohort, sizes)
     if asked == "stacked":
         if blocker is not None:

@@ -53,7 +53,10 @@ class Schedule:
         """Step `step` of a block of one client, without padding and without a leading axis."""
         positions = self.positions[:1, step]
         batch = self._batch(slice(0, 1), positions[:, : int((positions[0] >= 0).sum())], step)
-        return Batch(*(f[0] if isinstance(f, Tensor) and f.ndim else f for f in batch))
+        inputs, targets, mask, lr, index, total, epoch_start, active, weight, _, _ = batch
+        return Batch(
+            inputs[0], targets[0], mask[0], lr, index, total[0], epoch_start[0], active[0], weight[0]
+        )
 
     def __iter__(self) -> Iterator[Batch]:
         """All batches of a block of one client."""

@@ -72,7 +72,7 @@ def lognormal(
         return slow
 
     def seconds(ids: Ids, steps: Ids, round_index: int) -> Floats:
-        factor = np.exp(spread * normal(seed, Purpose.DEVICE, 0, ids, 1)[:, 0])
+        factor: Floats = np.exp(spread * normal(seed, Purpose.DEVICE, 0, ids, 1)[:, 0])
         if not partial_work:
             factor = factor * np.where(straggling(ids, round_index), slowdown, 1.0)
         total: Floats = start_seconds + step_seconds * steps * factor

@@ -47,8 +47,7 @@ class LoopTrainer:
         place = self.place
         state, optimizer_state = pytree.tree_map(lambda leaf: leaf[0], states)
         lent = pytree.tree_map(lambda leaf: leaf[0], client_lent(task.lend(ids), place.spec))
-        if place.dropout:
-            torch.manual_seed(torch_seed(place.seed, Purpose.DROPOUT, task.round_index, int(ids[0])))
+        torch.manual_seed(torch_seed(place.seed, Purpose.DROPOUT, task.round_index, int(ids[0])))
         outcome = run_local(
             algorithm,
             client_message(task.message, place.spec),

@@ -12,7 +12,7 @@ from fedsim.buffers import Buffers
 from fedsim.flat import flat_buffers, flat_of, write_flat
 from fedsim.keys import Purpose, torch_seed
 from fedsim.local import LocalAlgorithm
-from fedsim.opaque import LocalData, LocalTask, OpaqueClient, Result
+from fedsim.opaque_client import LocalData, LocalTask, OpaqueClient, Result
 from fedsim.simulation.trainer import ClientFailed, Trained, Workplace, buffer_dict
 from fedsim.types import Ids, Task
 

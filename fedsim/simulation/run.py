@@ -29,7 +29,7 @@ from fedsim.federation import Federation, Outcome, RunState
 from fedsim.flat import buffer_specs, flat_buffers, flat_of, spec_of
 from fedsim.grads import LOSSES, model_grad
 from fedsim.local import LocalAlgorithm, LocalSpec
-from fedsim.opaque import OpaqueClient
+from fedsim.opaque_client import OpaqueClient
 from fedsim.personal import personalise
 from fedsim.rows import RowStore
 from fedsim.simulation import build
@@ -132,10 +132,8 @@ class Simulation:
             dtype=self.spec.dtype,
             device=torch_device,
         )
-        dropout = any(isinstance(m, nn.modules.dropout._DropoutNd) for m in self.module.modules())
-        dropout |= any(getattr(m, "dropout", 0.0) for m in self.module.modules() if isinstance(m, nn.RNNBase))
         self.place = Workplace(
-            self.module, self.spec, floating, integers, gradient, clients, self.config.run.seed, dropout
+            self.module, self.spec, floating, integers, gradient, clients, self.config.run.seed
         )
         start = Buffers(
             _or_empty(flat_buffers(self.module, floating)),
@@ -144,7 +142,6 @@ class Simulation:
         choice = choose(
             self.config.engine.name,
             self.place,
-            start,
             spec=self.config.client,
             cohort=self.cohort,
             block=self.config.engine.block,
@@ -230,7 +227,9 @@ class Simulation:
 
     def _round(self, phases: dict[str, float]) -> Record:
         began = time.perf_counter()
-        self.last_outcome = self.federation.run_window()
+        # Random layers draw from torch's generator, seeded for each client; the user's is left alone.
+        with torch.random.fork_rng(devices=[]):
+            self.last_outcome = self.federation.run_window()
         phases["train"] = time.perf_counter() - began
         record = dict(self.last_outcome.record)
         counts = ("round", "version", "outcome", "cohort", "received", "refused", "late", "lost")
@@ -355,6 +354,15 @@ class Simulation:
         columns = self.last_outcome.clients.columns
         count = len(columns.get("client", []))
         return {"round": [self.last_outcome.record["round"]] * count, **columns}
+
+    @property
+    def strategy_name(self) -> str:
+        """The registered name, or ``custom`` for a strategy given as an object."""
+        return "custom" if "strategy" in self.given else self.config.strategy.name
+
+    def keep_state_in(self, folder: Path) -> None:
+        """Memory-map client states below `folder`; before the first round only."""
+        self.states.folder, self.rows.folder = folder / "clients", folder / "server"
 
     def restore(self, run: RunState) -> None:
         """Continue after the round that this state was saved at."""

@@ -7,7 +7,7 @@ import math
 import re
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -127,17 +127,21 @@ def execute(
     *,
     on_record: Callable[[Record], None] = lambda record: None,
     stop: Callable[[], bool] = lambda: False,
+    progress: Progress | None = None,
 ) -> Outcome:
     """Run to the end, to the target, to a failure, or until `stop`; always leaves it resumable.
+
+    Args:
+        on_record: called after a record and its client lines are on disk.
+        stop: asked after every round.
+        progress: of a resumed run, from `resume`.
 
     Raises:
         EnvironmentProblem: the folder cannot be written; what was committed before stays.
     """
     began = time.perf_counter()
-    progress = progress_of(sim)
+    progress = progress or progress_of(sim)
     met = target_of(sim.config)
-    if sim.started:
-        progress = _restored(progress, load_run(sim, checkpoint_path(folder)))
     outcome, error = "ok", None
     every = sim.config.output.checkpoint_every
     patience = sim.config.evaluation.early_stop
@@ -177,8 +181,8 @@ def checkpoint_path(folder: RunFolder) -> Path:
     return folder.state_folder / "run.safetensors"
 
 
-def resume(folder: RunFolder, *, rounds: int | None = None) -> Simulation:
-    """A simulation ready to go on after the folder's last checkpoint.
+def resume(folder: RunFolder, *, rounds: int | None = None) -> tuple[Simulation, Progress]:
+    """A simulation ready to go on after the folder's last checkpoint, and what it knew.
 
     Args:
         rounds: new total, to extend a run.
@@ -193,20 +197,10 @@ def resume(folder: RunFolder, *, rounds: int | None = None) -> Simulation:
     path = checkpoint_path(folder)
     if not path.exists():
         folder.truncate(-1)
-        return sim
-    load_run(sim, path)
+        return sim, progress_of(sim)
+    progress = replace(progress_of(sim), **load_run(sim, path))
     folder.truncate(sim.federation.state.round_index)
-    return sim
-
-
-def _restored(progress: Progress, saved: dict[str, Any]) -> Progress:
-    return Progress(
-        progress.metric,
-        progress.larger,
-        saved["best"],
-        saved["final"],
-        saved["rounds_since_best"],
-    )
+    return sim, progress
 
 
 def _checkpoint(sim: Simulation, folder: RunFolder, progress: Progress, done: int) -> None:

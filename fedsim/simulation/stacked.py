@@ -64,9 +64,7 @@ class StackedTrainer:
         place = self.place
         clients = len(ids)
         device = place.clients.device
-        randomness = "different" if place.dropout else "error"
-        if place.dropout:
-            torch.manual_seed(torch_seed(place.seed, Purpose.DROPOUT, task.round_index, int(ids[0])))
+        torch.manual_seed(torch_seed(place.seed, Purpose.DROPOUT, task.round_index, int(ids[0])))
         msg = client_message(task.message, place.spec)
         lent = client_lent(task.lend(ids), place.spec)
         state, optimizer_state = states
@@ -92,7 +90,7 @@ class StackedTrainer:
             schedule = Schedule(place.clients, task, ids, phase, spec, steps)
             if schedule.moving and optimizer_state is None:
                 optimizer_state = optimizer.init(x, clients=clients)
-            step_all = _vmapped_step(phase, spec, msg, randomness)
+            step_all = _vmapped_step(phase, spec, msg)
             for step in range(len(schedule)):
                 active = int((schedule.steps > step).sum())
                 batch = schedule.stacked(step, active)._replace(
@@ -140,13 +138,13 @@ class StackedTrainer:
         )
 
 
-def _vmapped_step(phase: Phase, spec: LocalSpec, msg: Any, randomness: str) -> Any:
+def _vmapped_step(phase: Phase, spec: LocalSpec, msg: Any) -> Any:
     """`propose` for a stack: (lent, state, x, carry, batch), all with a leading C but shared scalars."""
 
     def step(lent: Any, state: Any, x: Any, carry: Any, batch: Batch) -> Any:
         return propose(phase, spec, msg, lent, state, x, carry, batch)
 
-    return vmap(step, in_dims=(0, 0, 0, 0, _BATCH_DIMS), randomness=randomness)
+    return vmap(step, in_dims=(0, 0, 0, 0, _BATCH_DIMS), randomness="different")
 
 
 class _Prefix:

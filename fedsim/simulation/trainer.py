@@ -27,7 +27,6 @@ class Workplace:
         grad_fn: the gradient of the mini-batch loss, or what replaces it.
         clients: their data.
         seed: of the run.
-        dropout: the model draws random numbers while training.
     """
 
     module: nn.Module
@@ -37,7 +36,6 @@ class Workplace:
     grad_fn: GradFn
     clients: ClientData
     seed: int
-    dropout: bool
 
 
 class Trained(NamedTuple):

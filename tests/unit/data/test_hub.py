@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import resource
 import subprocess
 import sys
 import threading
@@ -133,7 +134,9 @@ def hub(tmp_path: Path) -> Iterator[Hub]:
 def load_from(tmp_path: Path) -> Callable[..., dict[str, object]]:
     """Load in a process of its own, as the hub's address is read when its library is imported."""
 
-    def run(endpoint: str, **arguments: object) -> dict[str, object]:
+    def run(
+        endpoint: str, *, file_bytes: int = resource.RLIM_INFINITY, **arguments: object
+    ) -> dict[str, object]:
         kept = {k: v for k, v in os.environ.items() if not k.lower().endswith("_proxy")}
         kept = {k: v for k, v in kept.items() if not k.startswith("HF_")}
         done = subprocess.run(
@@ -145,6 +148,7 @@ def load_from(tmp_path: Path) -> Callable[..., dict[str, object]]:
                 "HF_HUB_DISABLE_PROGRESS_BARS": "1",
                 "FEDSIM_CACHE": str(tmp_path / "cache"),
             },
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, -1)),
             capture_output=True,
             text=True,
             check=False,
@@ -221,6 +225,20 @@ def test_a_set_without_parquet_files_is_an_error_that_names_the_conversion(
     answer = load_from(hub.url, name="hub", repo="someone/zips")
     assert answer["code"] == "FS-DAT-010"
     assert "refs/convert/parquet" in str(answer["text"])
+
+
+def test_fetched_files_that_cannot_be_written_are_a_problem_of_the_disk(
+    hub: Hub,
+    tmp_path: Path,
+    write_parquet: WriteParquet,
+    load_from: Callable[..., dict[str, object]],
+) -> None:
+    publish(hub, "ylecun/mnist", write_parquet)
+    answer = load_from(hub.url, file_bytes=1000, name="mnist")
+    assert answer["code"] == "FS-DAT-031"
+    assert answer["exit"] == 6
+    assert "HF_HOME" in str(answer["text"])
+    assert not (tmp_path / "cache").exists()
 
 
 def test_a_hub_that_cannot_be_reached_is_an_error_that_names_data_path(

@@ -1,0 +1,35 @@
+"""The log of a run, ``log.txt``."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+
+from fedsim.runs.storage import problem
+
+
+def open_log(path: Path) -> logging.Handler:
+    """A handler that adds to `path`; whoever attaches it to a logger also closes it.
+
+    Raises:
+        EnvironmentProblem: FS-ENV-020 … 022, the file cannot be opened.
+    """
+    try:
+        handler = _LogFile(path, encoding="utf-8")
+    except OSError as error:
+        raise problem(error, path) from error
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(name)s %(message)s"))
+    return handler
+
+
+class _LogFile(logging.FileHandler):
+    """A log that a full disk silences after one word on stderr; the run itself fails on its results."""
+
+    _told = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exc_info()[1]
+        if not self._told:
+            self._told = True
+            print(f"warning: {self.baseFilename} cannot be written: {error}", file=sys.stderr)

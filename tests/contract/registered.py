@@ -1,0 +1,54 @@
+"""Every registered strategy, built-in or of another distribution, as parameters of the contract tests."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import pytest
+
+from fedsim.errors import FedsimError
+from fedsim.registry import load, names
+from fedsim.strategy import Strategy
+
+STRATEGIES = names("strategies")
+
+
+def registered(name: str) -> Strategy:
+    """The strategy with its default parameters; skips where it has none, or needs another scheduler."""
+    factory = load("strategies", name)
+    needed = [
+        p.name
+        for p in inspect.signature(factory).parameters.values()
+        if p.default is p.empty and p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)
+    ]
+    if needed:
+        pytest.skip(f"the strategy {name!r} has no default for {', '.join(needed)}")
+    strategy = factory()
+    assert isinstance(strategy, Strategy), f"the factory of {name!r} returned {type(strategy).__name__}"
+    if "sync" not in strategy.traits.modes:
+        pytest.skip(f"the strategy {name!r} runs under asynchronous schedulers only")
+    return strategy
+
+
+def choices(name: str) -> list[dict[str, Any]]:
+    """Every single parameter of a strategy set to every value that its `Literal` annotation allows."""
+    factory = load("strategies", name)
+    registered(name)
+    hints = get_type_hints(factory)
+    return [
+        {parameter: value}
+        for parameter, hint in hints.items()
+        if get_origin(hint) is Literal
+        for value in get_args(hint)
+    ]
+
+
+def chosen(name: str, parameters: dict[str, Any]) -> Strategy | None:
+    """The strategy with these parameters; None where they need others beside them."""
+    try:
+        strategy = load("strategies", name)(**parameters)
+    except (FedsimError, ValueError):
+        return None
+    assert isinstance(strategy, Strategy)
+    return strategy
