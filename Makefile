@@ -31,7 +31,9 @@ help:
 install: $(STAMP)
 
 # The build runs in .venv itself (--no-build-isolation): a build environment of pip's own would ignore
-# constraints.txt. The stamp comes last, so an interrupted installation is taken up again.
+# constraints.txt. What a build leaves in the root is removed: it grows old, and python -m, which looks
+# there first, would take its entry points for those installed. The stamp comes last, so an interrupted
+# installation is taken up again.
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 	  || { echo 'fedsim needs Python 3.11 or newer: make PYTHON=/path/to/python3.11' >&2; exit 1; }
@@ -39,13 +41,14 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -m venv $(VENV)
 	@$(PIP) setuptools
 	@$(PIP) --no-build-isolation -e '.[dev]'
+	@rm -rf *.egg-info
 	@touch $(STAMP)
 
 demo: $(STAMP)
 	@$(BIN)/fedsim demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n $(JOBS) $(PYTEST_FLAGS)
+	$(BIN)/pytest -n $(JOBS) --dist worksteal $(PYTEST_FLAGS)
 
 check: $(STAMP)
 	$(BIN)/ruff check

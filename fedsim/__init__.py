@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from fedsim.opaque_client import Result as Result
     from fedsim.opaque_client import opaque as opaque
     from fedsim.runs.result import RunResult as RunResult
+    from fedsim.simulation.api import resume as resume
     from fedsim.simulation.api import simulate as simulate
     from fedsim.simulation.run import Simulation as Simulation
     from fedsim.strategy import Strategy as Strategy
@@ -39,6 +40,7 @@ _WHERE = {
     "from_datasets": "fedsim.data",
     "make_strategy": "fedsim.strategy",
     "opaque": "fedsim.opaque_client",
+    "resume": "fedsim.simulation.api",
     "simulate": "fedsim.simulation.api",
 }
 _MODULES = ("data", "models")

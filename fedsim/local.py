@@ -39,8 +39,8 @@ class LocalSpec:
 
     epochs: int = 1
     steps: int | None = None
-    batch_size: int = 32
-    lr: float = 0.1
+    batch_size: int = 16
+    lr: float = 0.2
     lr_decay: float = 1.0
     momentum: float = 0.0
     weight_decay: float = 0.0

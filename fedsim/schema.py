@@ -15,7 +15,7 @@ import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import PurePath
-from typing import Annotated, Any, Literal, NamedTuple, Union
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union
 
 import numpy as np
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, create_model
@@ -25,6 +25,7 @@ from fedsim.units import parse_bytes, parse_seconds
 
 Factory = Callable[..., Any]  # Any: each group's factories return that group's own type
 Values = dict[str, Any]  # Any: whatever TOML holds
+M = TypeVar("M", bound=BaseModel)
 
 _UNITS: Mapping[str, Callable[[str], float]] = {"_seconds": parse_seconds, "_bytes": parse_bytes}
 
@@ -128,7 +129,7 @@ def build(
         ) from error
 
 
-def check[M: BaseModel](model: type[M], values: Mapping[str, Any]) -> M:
+def check(model: type[M], values: Mapping[str, Any]) -> M:
     """`values` as an instance of `model`, strictly typed.
 
     Going through JSON takes lists for tuples and texts for paths, which strict Python values do not;

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Annotated
 
-from pydantic import BeforeValidator
+from pydantic import BeforeValidator, WithJsonSchema
 
 _SECONDS = {"ms": 1e-3, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
 _BYTES = {
@@ -30,7 +30,9 @@ def parse_seconds(text: str) -> float:
         total += float(part[1]) * _SECONDS[part[2]]
         position = part.end()
     if position == 0 or text[position:].strip():
-        raise ValueError(f"a time is a number of seconds or a text such as '90s', '10m', '1h30m', got {text!r}")
+        raise ValueError(
+            f"a time is a number of seconds or a text such as '90s', '10m', '1h30m', got {text!r}"
+        )
     return total
 
 
@@ -51,11 +53,6 @@ def _seconds(value: object) -> object:
     return parse_seconds(value) if isinstance(value, str) else value
 
 
-def _bytes(value: object) -> object:
-    return parse_bytes(value) if isinstance(value, str) else value
-
-
-Seconds = Annotated[float, BeforeValidator(_seconds)]
+_WRITTEN = WithJsonSchema({"anyOf": [{"type": "number"}, {"type": "string"}]})
+Seconds = Annotated[float, BeforeValidator(_seconds), _WRITTEN]
 """A number of seconds that may be written with a unit."""
-Bytes = Annotated[int, BeforeValidator(_bytes)]
-"""A number of bytes that may be written with a unit."""

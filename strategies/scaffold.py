@@ -58,7 +58,19 @@ from fedsim.strategy import (
     uniformly,
     weighted_sum,
 )
-from fedsim.types import Aux, Batch, Floats, GradFn, Ids, Message, Population, UpdateBlock, WindowInfo
+from fedsim.types import (
+    Aux,
+    Batch,
+    Bools,
+    Floats,
+    GradFn,
+    Ids,
+    Message,
+    Meta,
+    Population,
+    UpdateBlock,
+    WindowInfo,
+)
 from fedsim.vector import Vector, where
 
 Local = Callable[[GradFn, LocalSpec], LocalAlgorithm]
@@ -241,6 +253,11 @@ def scaffold(
     at_client = state_at == "client"
     local, broadcast, lend, fold = (_client_held if at_client else _server_held)(refresh)
 
+    def weigh(state: State, meta: Meta) -> tuple[Floats, Bools]:
+        weights, refused = uniformly(state, meta)
+        # An optimiser without a normaliser would leave c_i where it is, silently.
+        return weights, refused | np.isnan(meta.normaliser) if refresh == "delta" else refused
+
     def apply(state: State, reduced: dict[str, Tensor], info: WindowInfo) -> tuple[State, dict[str, float]]:
         delta = mean_delta(reduced)
         if delta is None:
@@ -252,7 +269,7 @@ def scaffold(
         init=init,
         broadcast=broadcast,
         local=local,
-        weigh=uniformly,
+        weigh=weigh,
         fold=fold,
         apply=apply,
         model=model,

@@ -32,7 +32,7 @@ from fedsim.simulation.loop import LoopTrainer
 from fedsim.simulation.stacked import StackedTrainer
 from fedsim.simulation.trainer import Trainer, Workplace
 from fedsim.strategy import Strategy
-from fedsim.types import Aux, Batch, Ids, Population
+from fedsim.types import Aux, Batch, Ids, Population, WindowInfo
 from fedsim.vector import Vector
 
 Array = npt.NDArray[np.float64]
@@ -236,3 +236,15 @@ def _rows(store: RowStore, name: str, federation: Federation) -> Array:
         rows: Tensor = store.read(known.astype(np.int64))[name]
         out[known] = rows.double().numpy()
     return out
+
+
+def window(clients: int) -> WindowInfo:
+    """A closed window of a population of `clients`, for `apply` alone."""
+    nobody = np.empty(0, np.int64)
+    return WindowInfo(0, 0, nobody, clients, nobody, 0.0, 0.0, 0, 0, 0)
+
+
+def mean_of(delta: Sequence[float] | Array) -> dict[str, Tensor]:
+    """What `apply` receives of a window whose weighted mean delta is `delta`."""
+    one = torch.ones((), dtype=torch.float64)
+    return {"delta": torch.as_tensor(np.asarray(delta, float)), "weight": one, "count": one}

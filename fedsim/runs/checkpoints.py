@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from fedsim.errors import EnvironmentProblem
 from fedsim.runs.names import check_file_name
 from fedsim.runs.storage import write_atomically
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def save(folder: Path, tensors: Mapping[str, Tensor], name: str) -> Path:

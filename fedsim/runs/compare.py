@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,7 +134,7 @@ def compare(runs: Sequence[RunFolder], *, metric: str | None = None) -> Comparis
             why=f"the first recorded {', '.join(sorted({k for r in records[0] for k in r}))}",
             hint="choose another metric with --metric",
         )
-    settings = [_settings(run.config_text) for run in unique]
+    settings = [_settings(run.config) for run in unique]
     members: dict[str, list[int]] = {}
     for position, setting in enumerate(settings):
         members.setdefault(json.dumps(setting, sort_keys=True, default=str), []).append(position)
@@ -181,9 +180,9 @@ def _spread(values: Sequence[float]) -> Spread | None:
     return Spread(float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else None)
 
 
-def _settings(config_text: str) -> dict[str, Any]:
+def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """The configuration with dotted keys, without what tells repetitions of one experiment apart."""
-    keys = dict(flat(tomllib.loads(config_text)))
+    keys = dict(flat(config))
     for key in ("run.seed", "run.name", "data.partition.seed"):
         keys.pop(key, None)
     return keys

@@ -16,20 +16,21 @@ import json
 import logging
 import secrets
 import shutil
+import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
-from fedsim.errors import EnvironmentProblem
 from fedsim.runs import checkpoints, lines, lock, manifest, table
 from fedsim.runs.lines import Record
 from fedsim.runs.log import open_log
 from fedsim.runs.names import folder_name
-from fedsim.runs.storage import problem, sync_file, unreadable, write_atomically
+from fedsim.runs.storage import damaged, problem, sync_file, unreadable, write_atomically
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 CONFIG, MANIFEST, LOG = "config.toml", "manifest.json", "log.txt"
 METRICS, CLIENTS, ROUNDS = "metrics.jsonl", "clients.jsonl", "rounds.csv"
@@ -201,9 +202,23 @@ class RunFolder:
         """The resolved configuration, TOML."""
         path = self.path / CONFIG
         try:
-            return path.read_text(encoding="utf-8")
+            return path.read_bytes().decode()
         except OSError as error:
             raise unreadable(error, path) from error
+        except UnicodeDecodeError as error:
+            raise damaged(path, "it is not UTF-8") from error
+
+    @property
+    def config(self) -> Record:
+        """The resolved configuration, parsed and not checked.
+
+        Raises:
+            EnvironmentProblem: FS-ENV-023, the file is damaged.
+        """
+        try:
+            return tomllib.loads(self.config_text)
+        except ValueError as error:
+            raise damaged(self.path / CONFIG, f"it is not TOML: {error}") from error
 
     def status(self) -> str:
         """``running`` while a process writes it, ``stopped`` if that died, else the run's outcome."""
@@ -281,11 +296,5 @@ def _read_json(path: Path) -> Record:
     except OSError as error:
         raise unreadable(error, path) from error
     if document is None:
-        raise EnvironmentProblem(
-            f"{path.name} is damaged",
-            code="FS-ENV-023",
-            where=str(path),
-            why="it is not a JSON object",
-            hint="restore the file from a copy, or start the run again",
-        )
+        raise damaged(path, "it is not a JSON object")
     return document

@@ -29,7 +29,15 @@ class _LogFile(logging.FileHandler):
     _told = False
 
     def handleError(self, record: logging.LogRecord) -> None:
-        error = sys.exc_info()[1]
+        self._tell(sys.exc_info()[1])
+
+    def close(self) -> None:
+        try:
+            super().close()
+        except OSError as error:  # the last lines did not fit; the file is closed all the same
+            self._tell(error)
+
+    def _tell(self, error: BaseException | None) -> None:
         if not self._told:
             self._told = True
             print(f"warning: {self.baseFilename} cannot be written: {error}", file=sys.stderr)

@@ -85,9 +85,7 @@ def _draw_rounds(plots: Path, records: Records, metric: str, target: tuple[str, 
 
 def _target(folder: RunFolder) -> tuple[str, float] | None:
     """Metric and value of ``[evaluation] target``, None where the run has none."""
-    import tomllib
-
-    text = tomllib.loads(folder.config_text).get("evaluation", {}).get("target")
+    text = folder.config.get("evaluation", {}).get("target")
     found = re.fullmatch(r"\s*(\w+)\s*[<>]=\s*([-+.\deE]+)\s*", text) if isinstance(text, str) else None
     return (found[1], float(found[2])) if found else None
 

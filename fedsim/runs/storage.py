@@ -6,6 +6,7 @@ import errno
 import hashlib
 import os
 import secrets
+from contextlib import suppress
 from pathlib import Path
 
 from fedsim.errors import EnvironmentProblem
@@ -59,6 +60,17 @@ def unreadable(error: OSError, path: Path) -> EnvironmentProblem:
     )
 
 
+def damaged(path: Path, why: str) -> EnvironmentProblem:
+    """The error for a user when `path` holds something else than it should: FS-ENV-023."""
+    return EnvironmentProblem(
+        f"{path.name} is damaged",
+        code="FS-ENV-023",
+        where=str(path),
+        why=why,
+        hint="restore the file from a copy, or start the run again",
+    )
+
+
 def write_atomically(path: Path, content: bytes) -> None:
     """Replace `path` by `content`: written beside it, synced, renamed.
 
@@ -96,7 +108,9 @@ def append_whole(path: Path, content: bytes) -> None:
             try:
                 write_all(handle, content)
             except OSError:
-                os.ftruncate(handle, before)
+                # Should this fail too, the torn line is dropped when the run is resumed.
+                with suppress(OSError):
+                    os.ftruncate(handle, before)
                 raise
         finally:
             os.close(handle)

@@ -1,4 +1,4 @@
-"""`fedsim.simulate`: a whole run by one call, with its folder."""
+"""`fedsim.simulate` and `fedsim.resume`: a whole run by one call, with its folder."""
 
 from __future__ import annotations
 
@@ -10,7 +10,26 @@ from fedsim.config import to_toml
 from fedsim.runs.folder import RunFolder
 from fedsim.runs.result import RunResult
 from fedsim.simulation.run import Simulation
-from fedsim.simulation.session import execute
+from fedsim.simulation.session import Outcome, execute
+from fedsim.simulation.session import resume as continue_run
+
+
+def resume(path: str | Path, *, rounds: int | None = None, **objects: Any) -> RunResult:
+    """Continue a run after its last checkpoint.
+
+    Args:
+        path: the run's folder.
+        rounds: new total, to extend the run.
+        objects: the Python objects that the run was made of, as given to `simulate`.
+
+    Raises:
+        ConfigError: such objects are missing.
+        RunFailed: the run's outcome is failure, or its checkpoint is damaged.
+    """
+    folder = RunFolder(Path(path))
+    sim, progress = continue_run(folder, rounds=rounds, **objects)
+    folder.add_session(["fedsim.resume"])
+    return _result(sim, folder, execute(sim, folder, progress=progress))
 
 
 def simulate(
@@ -41,8 +60,10 @@ def simulate(
         Path(runs), label, config_text=to_toml(sim.config), facts=sim.facts, command=["fedsim.simulate"]
     )
     sim.keep_state_in(folder.state_folder)
-    outcome = execute(sim, folder)
-    folder.finish(outcome.summary)
+    return _result(sim, folder, execute(sim, folder))
+
+
+def _result(sim: Simulation, folder: RunFolder, outcome: Outcome) -> RunResult:
     if outcome.error is not None:
         raise outcome.error
-    return RunResult.open(folder.path)
+    return RunResult.open(folder.path, module=sim.module)

@@ -38,6 +38,7 @@ from fedsim.simulation.clients import ClientData
 from fedsim.simulation.engine import SimulatedEngine
 from fedsim.simulation.loop import LoopTrainer
 from fedsim.simulation.opaque import OpaqueTrainer
+from fedsim.simulation.progress import progress_of, target_of
 from fedsim.simulation.stacked import StackedTrainer
 from fedsim.simulation.trainer import Trainer, Workplace, client_message
 from fedsim.strategy import Strategy
@@ -106,11 +107,11 @@ class Simulation:
         elif isinstance(client, Mapping):
             overrides["client"] = dict(client)
         self.config = config_from(config, overrides)
-        self.given = {
-            name: value
-            for name, value in (("model", model), ("data", data), ("strategy", strategy))
-            if value is not None and not isinstance(value, str)
-        }
+        objects = {"model": model, "data": data, "strategy": strategy, "client": opaque}
+        objects |= {"transform": transform, "grad_fn": grad_fn}
+        self.python_objects = sorted(
+            name for name, value in objects.items() if value is not None and not isinstance(value, str)
+        )
         self.opaque = opaque
         torch.set_num_threads(self.config.engine.threads)
         self.data: FederatedData = build.build_data(self.config, _given(data, (Dataset, FederatedData)))
@@ -193,6 +194,8 @@ class Simulation:
             batch_size=self.config.evaluation.batch_size,
             metrics=self.config.evaluation.metrics,
         )
+        progress_of(self.config, self.evaluator.names)  # refuses a rule that it cannot follow
+        target_of(self.config)
         self.last_outcome: Outcome | None = None
         self.client_evaluation: dict[str, Any] | None = None
         self.started = False
@@ -344,6 +347,7 @@ class Simulation:
             "down_factor": traits.down_factor,
             "up_factor": traits.up_factor,
             "metrics": list(self.evaluator.names),
+            "python_objects": self.python_objects,
         }
 
     @property
@@ -358,7 +362,7 @@ class Simulation:
     @property
     def strategy_name(self) -> str:
         """The registered name, or ``custom`` for a strategy given as an object."""
-        return "custom" if "strategy" in self.given else self.config.strategy.name
+        return "custom" if "strategy" in self.python_objects else self.config.strategy.name
 
     def keep_state_in(self, folder: Path) -> None:
         """Memory-map client states below `folder`; before the first round only."""

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import logging
-import math
-import re
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fedsim.config import Config, load_config
+from fedsim.config import load_config
 from fedsim.errors import ConfigError, RunFailed
-from fedsim.metrics import METRICS, SMALLER_IS_BETTER
 from fedsim.runs.folder import RunFolder
+from fedsim.simulation.progress import Progress, progress_of, target_of
 from fedsim.simulation.run import Record, Simulation
 from fedsim.simulation.saving import load_run, save_run
 
@@ -40,85 +38,19 @@ class Outcome:
     seconds: float
     error: RunFailed | None = None
 
-
-@dataclass(slots=True)
-class Progress:
-    """What the session remembers between records; plain JSON in a checkpoint."""
-
-    metric: str
-    larger: bool
-    best: dict[str, Any] = field(default_factory=dict)
-    final: dict[str, float] = field(default_factory=dict)
-    rounds_since_best: int = 0
-
-    def improved(self, record: Record, names: tuple[str, ...]) -> bool:
-        """Take a record in; whether it holds a new best value."""
-        values = {n: record[n] for n in names if n in record}
-        if not values:
-            return False
-        self.final = values
-        value = values.get(self.metric)
-        if value is None or not math.isfinite(value):
-            self.rounds_since_best += 1
-            return False
-        old = self.best.get("value")
-        if old is None or (value > old if self.larger else value < old):
-            self.best = {"metric": self.metric, "value": value, "round": record["round"]}
-            self.rounds_since_best = 0
-            return True
-        self.rounds_since_best += 1
-        return False
-
-
-def progress_of(sim: Simulation) -> Progress:
-    """By ``[evaluation] best = "accuracy:max"``, or the task's own metric.
-
-    Raises:
-        ConfigError: a metric that is not computed, or a direction other than max and min.
-    """
-    rule, names = sim.config.evaluation.best, sim.evaluator.names
-    if rule is None:
-        metric = names[0]
-        return Progress(metric, metric not in SMALLER_IS_BETTER)
-    metric, _, direction = rule.partition(":")
-    if metric not in names or direction not in ("", "max", "min"):
-        raise ConfigError(
-            f"the best model cannot be chosen by {rule!r}",
-            code="FS-CFG-072",
-            where="[evaluation] best",
-            why=f"metrics of this run: {', '.join(names)}; direction max or min",
-            hint=f'write best = "{names[0]}:max"',
-        )
-    larger = direction == "max" if direction else metric not in SMALLER_IS_BETTER
-    return Progress(metric, larger)
-
-
-def target_of(config: Config) -> Callable[[Record], bool]:
-    """Whether a record meets ``[evaluation] target = "accuracy >= 0.97"``.
-
-    Raises:
-        ConfigError: a target of another form.
-    """
-    text = config.evaluation.target
-    if text is None:
-        return lambda record: False
-    match = re.fullmatch(r"\s*(\w+)\s*(>=|<=)\s*([-+.\deE]+)\s*", text)
-    if match is None or match[1] not in METRICS:
-        raise ConfigError(
-            f"the target {text!r} is not understood",
-            code="FS-CFG-073",
-            where="[evaluation] target",
-            hint='write target = "accuracy >= 0.97" or "loss <= 0.1"',
-        )
-    metric, sign, bound = match[1], match[2], float(match[3])
-
-    def met(record: Record) -> bool:
-        value = record.get(metric)
-        if value is None:
-            return False
-        return bool(value >= bound if sign == ">=" else value <= bound)
-
-    return met
+    @property
+    def summary(self) -> dict[str, Any]:
+        """What the manifest and ``--format json`` say."""
+        found = {
+            "outcome": self.outcome,
+            "rounds": self.rounds,
+            "final": self.final,
+            "best": self.best,
+            "seconds": self.seconds,
+        }
+        if self.error is not None:
+            found["error"] = {"code": self.error.code, "what": self.error.what, "why": self.error.why}
+        return found
 
 
 def execute(
@@ -129,7 +61,9 @@ def execute(
     stop: Callable[[], bool] = lambda: False,
     progress: Progress | None = None,
 ) -> Outcome:
-    """Run to the end, to the target, to a failure, or until `stop`; always leaves it resumable.
+    """Run to the end, to the target, to a failure, or until `stop`, and complete the folder.
+
+    Whatever happens, the run can be resumed. One process at a time works in a folder.
 
     Args:
         on_record: called after a record and its client lines are on disk.
@@ -137,11 +71,35 @@ def execute(
         progress: of a resumed run, from `resume`.
 
     Raises:
-        EnvironmentProblem: the folder cannot be written; what was committed before stays.
+        ConfigError: ``[evaluation] best`` or ``target`` cannot be understood.
+        EnvironmentProblem: the folder cannot be written or another process works in it; what was
+            committed before stays.
     """
-    began = time.perf_counter()
-    progress = progress or progress_of(sim)
+    progress = progress or progress_of(sim.config, sim.evaluator.names)
     met = target_of(sim.config)
+    fedsim_log = logging.getLogger("fedsim")
+    with folder.locked():
+        handler = folder.log_handler()
+        fedsim_log.addHandler(handler)
+        try:
+            outcome = _rounds(sim, folder, progress, met, on_record, stop)
+            folder.finish(outcome.summary)
+            _draw(sim, folder)
+        finally:
+            fedsim_log.removeHandler(handler)
+            handler.close()
+    return outcome
+
+
+def _rounds(
+    sim: Simulation,
+    folder: RunFolder,
+    progress: Progress,
+    met: Callable[[Record], bool],
+    on_record: Callable[[Record], None],
+    stop: Callable[[], bool],
+) -> Outcome:
+    began = time.perf_counter()
     outcome, error = "ok", None
     every = sim.config.output.checkpoint_every
     patience = sim.config.evaluation.early_stop
@@ -177,30 +135,63 @@ def execute(
     return Outcome(outcome, done, progress.final, progress.best, seconds, error)
 
 
+def _draw(sim: Simulation, folder: RunFolder) -> None:
+    """Report and pictures as ``[output]`` asks for them."""
+    if sim.config.output.report:
+        from fedsim.runs.report import write_report
+
+        write_report(folder, data=sim.data, client_evaluation=sim.client_evaluation)
+    elif sim.config.output.plots:
+        from fedsim.runs.plots import draw
+
+        draw(folder, data=sim.data, client_evaluation=sim.client_evaluation)
+        folder.digest_files()
+
+
 def checkpoint_path(folder: RunFolder) -> Path:
     return folder.state_folder / "run.safetensors"
 
 
-def resume(folder: RunFolder, *, rounds: int | None = None) -> tuple[Simulation, Progress]:
+def resume(folder: RunFolder, *, rounds: int | None = None, **objects: Any) -> tuple[Simulation, Progress]:
     """A simulation ready to go on after the folder's last checkpoint, and what it knew.
 
     Args:
         rounds: new total, to extend a run.
+        objects: the Python objects that the run was made of (model, data, strategy, client …).
 
     Raises:
-        RunFailed: there is no checkpoint, or it does not fit.
-        ConfigError: the run was made from Python objects that a file cannot name.
+        RunFailed: the checkpoint is damaged or does not fit.
+        ConfigError: the run was made of Python objects and they are not given.
     """
-    sets = [] if rounds is None else [f"run.rounds={rounds}"]
-    config = load_config(folder.path / "config.toml", preset=None, sets=sets, environ={}).config
-    sim = Simulation(config, state_folder=folder.state_folder)
+    sim = again(folder, sets=[] if rounds is None else [f"run.rounds={rounds}"], **objects)
+    sim.keep_state_in(folder.state_folder)
+    progress = progress_of(sim.config, sim.evaluator.names)
     path = checkpoint_path(folder)
-    if not path.exists():
+    if path.exists():
+        progress = replace(progress, **load_run(sim, path))
+        folder.truncate(sim.federation.state.round_index)
+    else:
         folder.truncate(-1)
-        return sim, progress_of(sim)
-    progress = replace(progress_of(sim), **load_run(sim, path))
-    folder.truncate(sim.federation.state.round_index)
     return sim, progress
+
+
+def again(folder: RunFolder, *, sets: Sequence[str] = (), **objects: Any) -> Simulation:
+    """The simulation of a run folder, from its start.
+
+    Raises:
+        ConfigError: the run was made of Python objects and they are not given.
+    """
+    needed = set(folder.manifest["facts"].get("python_objects", ())) - set(objects)
+    if needed:
+        raise ConfigError(
+            "this run was made of Python objects that its files cannot hold",
+            code="FS-CFG-074",
+            where=str(folder.path),
+            why=f"given from Python: {', '.join(sorted(needed))}",
+            hint="call fedsim.resume(path, ...) from the program that started it, with the same objects",
+        )
+    loaded = load_config(folder.path / "config.toml", sets=sets)
+    return Simulation(loaded.config, **objects)
 
 
 def _checkpoint(sim: Simulation, folder: RunFolder, progress: Progress, done: int) -> None:

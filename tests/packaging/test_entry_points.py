@@ -28,8 +28,8 @@ KINDS = {
 }
 # What fedsim itself passes to a factory of a kind; these parameters need no default.
 GIVEN = {"fedsim.models": {"input_shape", "classes"}}
-# A file to read or a strength to choose has no right default; all other kinds work by name alone.
-NEED_WORDS = {"fedsim.datasets", "fedsim.partitioners"}
+# These run by their name alone. Elsewhere a file to read or a probability has no right default.
+COMPLETE = {"fedsim.models", "fedsim.strategies"}
 ENTRIES = [(group, name) for group, entries in sorted(DECLARED.items()) for name in sorted(entries)]
 
 
@@ -45,7 +45,9 @@ def test_the_installation_registers_what_the_project_file_declares() -> None:
 
 
 def test_every_kind_of_plugin_has_an_entry_and_no_other_group_exists() -> None:
-    assert {group.removeprefix("fedsim.") for group in DECLARED} == KINDS
+    groups = {group.removeprefix("fedsim.") for group in DECLARED}
+    # The engines of the package are no plugins: a configuration chooses between them by itself.
+    assert groups | {"engines"} == KINDS
 
 
 def test_the_command_is_registered_and_can_be_called() -> None:
@@ -64,6 +66,6 @@ def test_a_factory_loads_and_documents_its_parameters(group: str, name: str) -> 
     for parameter in signature.parameters.values():
         assert parameter.kind is parameter.KEYWORD_ONLY, f"{parameter.name} is not keyword-only"
         assert parameter.annotation is not parameter.empty, f"{parameter.name} has no annotation"
-        if parameter.name not in given and group not in NEED_WORDS:
+        if group in COMPLETE and parameter.name not in given:
             assert parameter.default is not parameter.empty, f"{parameter.name} has no default"
     assert signature.return_annotation is not signature.empty

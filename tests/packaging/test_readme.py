@@ -70,6 +70,20 @@ def test_the_table_names_every_registered_strategy_and_no_other() -> None:
     assert named == set(PROJECT["project"]["entry-points"]["fedsim.strategies"])
 
 
+def test_the_table_of_defaults_is_the_default_configuration() -> None:
+    from fedsim.config import load_config
+
+    table = README.partition("## The default")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| `([\w.]+)` \| `([^`]+)` \|$", table, re.MULTILINE)
+    assert len(rows) > 8
+    config = load_config(None, preset=None, sets=(), environ={}).config
+    for key, shown in rows:
+        value: object = config
+        for part in key.split("."):
+            value = getattr(value, part)
+        assert str(value) == shown, key
+
+
 def test_every_file_and_folder_it_points_to_exists() -> None:
     targets = re.findall(r"\]\(([^)#:]+)\)", README)
     targets += re.findall(r"`((?:docs|examples|tests|fedsim|strategies|\.ci)/[\w./-]*)`", README)

@@ -45,7 +45,9 @@ def label_arrays(draw: Callable[..., Any]) -> np.ndarray:
     classes = draw(st.integers(1, 12))
     seed = draw(st.integers(0, 2**32))
     # Gaps between the values: a partitioner must not assume that every class occurs.
-    return np.random.default_rng(seed).integers(0, classes, n) * draw(st.integers(1, 5))
+    gap: int = draw(st.integers(1, 5))
+    labels: np.ndarray = np.random.default_rng(seed).integers(0, classes, n) * gap
+    return labels
 
 
 def test_every_built_in_partitioner_is_covered_by_these_tests() -> None:

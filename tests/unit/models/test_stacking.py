@@ -32,7 +32,7 @@ def branches(hidden: Tensor, inputs: Tensor) -> Tensor:
     return hidden if hidden.sum() > 0 else -hidden
 
 
-class DetachesWhenBatched(torch.autograd.Function):
+class MixesClients(torch.autograd.Function):
     """An operation whose batching rule is wrong: it hands every client the mean of all."""
 
     @staticmethod
@@ -44,7 +44,7 @@ class DetachesWhenBatched(torch.autograd.Function):
         pass
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
         return gradient * 2
 
     @staticmethod
@@ -72,7 +72,7 @@ def test_ordinary_models_can_be_stacked(then: Callable[[Tensor, Tensor], Tensor]
         (lambda hidden, inputs: hidden * inputs.sum().item(), "vmap refuses it"),
         (lambda hidden, inputs: hidden[inputs[:, 0].nonzero()[:, 0]], "dynamic shape"),
         (lambda hidden, inputs: (hidden, inputs), "returns tuple"),
-        (lambda hidden, inputs: DetachesWhenBatched.apply(hidden), "differ by"),
+        (lambda hidden, inputs: MixesClients.apply(hidden), "differ by"),  # type: ignore[no-untyped-call]
     ],
     ids=["branch", "item", "nonzero", "tuple", "mixing"],
 )

@@ -1,0 +1,204 @@
+"""RowStore against a dict: staging, commits, checkpoints, and crashes at any moment."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from fedsim import rows as rows_module
+from fedsim.rows import RowStore
+
+POPULATION = 6
+CLIENTS = st.lists(st.integers(0, POPULATION - 1), min_size=1, max_size=4, unique=True)
+
+
+def values_for(ids: list[int], stamp: int) -> dict[str, torch.Tensor]:
+    """Rows whose content tells the client and the write."""
+    return {
+        "c": torch.tensor([[100.0 * i + stamp, -stamp] for i in ids]),
+        "count": torch.tensor([stamp + i for i in ids], dtype=torch.int64),
+    }
+
+
+class Machine(RuleBasedStateMachine):
+    """The store beside two dicts: what is committed, and what the last checkpoint holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.temporary = tempfile.TemporaryDirectory()
+        self.folder = Path(self.temporary.name)
+        self.store = RowStore(POPULATION, self.folder)
+        self.stamp = 0
+        self.staged: dict[int, int] = {}
+        self.committed: dict[int, int] = {}
+        self.versions = [0] * POPULATION
+        self.saved: tuple[Any, Any, dict[int, int], list[int]] | None = None
+
+    def teardown(self) -> None:
+        self.temporary.cleanup()
+
+    @rule(ids=CLIENTS)
+    def stage(self, ids: list[int]) -> None:
+        self.stamp += 1
+        self.store.stage(np.array(ids), values_for(ids, self.stamp))
+        self.staged |= dict.fromkeys(ids, self.stamp)
+
+    @rule(ids=CLIENTS)
+    def commit(self, ids: list[int]) -> None:
+        self.store.commit(np.array(ids))
+        for client in ids:
+            self.versions[client] += 1
+            if client in self.staged:
+                self.committed[client] = self.staged[client]
+        self.staged = {}
+
+    @rule()
+    def discard(self) -> None:
+        self.store.discard()
+        self.staged = {}
+
+    @rule()
+    def checkpoint(self) -> None:
+        index = {name: values.copy() for name, values in self.store.index().items()}
+        self.saved = (index, dict(self.store.layout), dict(self.committed), list(self.versions))
+        self.store.pin()
+
+    @precondition(lambda self: self.saved is not None)
+    @rule()
+    def crash(self) -> None:
+        assert self.saved is not None
+        index, layout, committed, versions = self.saved
+        self.store = RowStore(POPULATION, self.folder)
+        self.store.restore(index, layout)
+        self.staged, self.committed, self.versions = {}, dict(committed), list(versions)
+
+    @invariant()
+    def holds_what_was_committed(self) -> None:
+        everyone = np.arange(POPULATION)
+        assert self.store.has(everyone).tolist() == [i in self.committed for i in range(POPULATION)]
+        assert self.store.version_of.tolist() == self.versions
+        self.check(self.store, self.committed)
+
+    @invariant()
+    def the_checkpoint_stays_readable(self) -> None:
+        if self.saved is not None:
+            index, layout, committed, _ = self.saved
+            again = RowStore(POPULATION, self.folder)
+            again.restore(index, layout)
+            self.check(again, committed)
+
+    def check(self, store: RowStore, expected: dict[int, int]) -> None:
+        ids = sorted(expected)
+        if not ids:
+            return
+        read = store.read(np.array(ids))
+        for row, client in enumerate(ids):
+            wanted = values_for([client], expected[client])
+            assert all(torch.equal(read[name][row], value[0]) for name, value in wanted.items())
+
+
+@pytest.fixture(autouse=True)
+def small_segments(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two rows a segment, so that stores of six clients have several files."""
+    monkeypatch.setattr(rows_module, "SEGMENT_BYTES", 16)
+
+
+def test_any_sequence_of_operations_and_crashes_matches_a_dict() -> None:
+    from hypothesis.stateful import run_state_machine_as_test
+
+    run_state_machine_as_test(
+        Machine, settings=settings(max_examples=40, stateful_step_count=25, deadline=None)
+    )
+
+
+def test_a_commit_between_taking_the_index_and_pinning_it_does_not_lose_the_index(tmp_path: Path) -> None:
+    store = RowStore(POPULATION, tmp_path)
+    store.stage(np.array([0]), values_for([0], 1))
+    store.commit(np.array([0]))
+    index, layout = {n: v.copy() for n, v in store.index().items()}, dict(store.layout)
+    for stamp in (2, 3, 4):
+        store.stage(np.array([0]), values_for([0], stamp))
+        store.commit(np.array([0]))
+        if stamp == 2:
+            store.pin()  # the file with the index has reached the disk
+    again = RowStore(POPULATION, tmp_path)
+    again.restore(index, layout)
+    assert torch.equal(again.read(np.array([0]))["c"], values_for([0], 1)["c"])
+
+
+@settings(deadline=None, max_examples=30)
+@given(CLIENTS, CLIENTS)
+def test_in_memory_it_behaves_the_same(first: list[int], second: list[int]) -> None:
+    store = RowStore(POPULATION)
+    store.stage(np.array(first), values_for(first, 1))
+    assert not store.has(np.arange(POPULATION)).any()
+    store.commit(np.array(second))
+    kept = [i for i in first if i in second]
+    assert np.flatnonzero(store.has(np.arange(POPULATION))).tolist() == sorted(kept)
+    if kept:
+        assert torch.equal(store.read(np.array(kept))["c"], values_for(kept, 1)["c"])
+
+
+def test_reading_a_client_without_a_row_names_it() -> None:
+    with pytest.raises(KeyError, match="client 3"):
+        RowStore(POPULATION).read(np.array([3]))
+
+
+def test_what_was_read_is_a_copy() -> None:
+    store = RowStore(POPULATION)
+    store.stage(np.array([0]), values_for([0], 1))
+    store.commit(np.array([0]))
+    store.read(np.array([0]))["c"].zero_()
+    assert torch.equal(store.read(np.array([0]))["c"], values_for([0], 1)["c"])
+
+
+def test_nothing_to_keep_costs_no_row_and_still_counts_versions() -> None:
+    store = RowStore(POPULATION)
+    store.stage(np.array([0, 1]), {})
+    store.commit(np.array([1]))
+    assert not store.has(np.arange(POPULATION)).any()
+    assert store.version_of.tolist() == [0, 1, 0, 0, 0, 0]
+
+
+def test_rows_of_touched_clients_only_take_space(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(rows_module, "SEGMENT_BYTES", 1 << 12)
+    store = RowStore(1_000_000, tmp_path)
+    ids = np.array([999_999, 5])
+    store.stage(ids, {"c": torch.ones(2, 100)})
+    store.commit(ids)
+    assert sum(path.stat().st_size for path in tmp_path.iterdir()) < 1 << 13
+
+
+def test_slots_are_used_again_so_that_space_does_not_grow_with_rounds(tmp_path: Path) -> None:
+    store = RowStore(POPULATION, tmp_path)
+    sizes = []
+    for stamp in range(12):
+        ids = [0, 1, 2]
+        store.stage(np.array(ids), values_for(ids, stamp))
+        store.commit(np.array(ids))
+        store.index()
+        store.pin()
+        sizes.append(len(list(tmp_path.iterdir())))
+    assert len(set(sizes[3:])) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.bool])
+@pytest.mark.parametrize("mapped", [False, True], ids=["in memory", "in a folder"])
+def test_every_dtype_of_a_state_can_be_kept(dtype: torch.dtype, mapped: bool, tmp_path: Path) -> None:
+    store = RowStore(POPULATION, tmp_path if mapped else None)
+    given_rows = torch.tensor([[1.0, 0.0], [0.0, 1.0]]).to(dtype)
+    scalars = torch.tensor([1.0, 0.0]).to(dtype)
+    store.stage(np.array([2, 4]), {"v": given_rows, "s": scalars})
+    store.commit(np.array([2, 4]))
+    read = store.read(np.array([4, 2]))
+    assert read["v"].dtype == dtype
+    assert torch.equal(read["v"], given_rows.flip(0))
+    assert torch.equal(read["s"], scalars.flip(0))
