@@ -86,7 +86,7 @@ def write_file(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str,
     """
     from safetensors.torch import save
 
-    from fedsim.runs.storage import write_atomically
+    from fedsim.storage import write_atomically
 
     write_atomically(path, save(dict(tensors), dict(metadata)))
 

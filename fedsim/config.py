@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -189,7 +190,8 @@ def _located(
     error: ConfigError, path: str, parameters: Values, name: str, sources: Mapping[str, str]
 ) -> ConfigError:
     """The error of a plugin's table with the place where the offending key was written."""
-    key = next((k for k in parameters if f"`{k}`" in error.what), PLUGIN_TABLES[path].key)
+    quoted = re.search(r"`(.*?)`", error.what)
+    key = quoted[1] if quoted and quoted[1] in parameters else PLUGIN_TABLES[path].key
     place = sources.get(f"{path}.{key}") or sources.get(f"{path}.{PLUGIN_TABLES[path].key}", "default")
     located = type(error)(
         error.what,

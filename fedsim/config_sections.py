@@ -16,6 +16,9 @@ from fedsim.units import Seconds
 Values = dict[str, Any]  # Any: whatever TOML holds
 
 CLIENTS, ALPHA = 20, 0.3
+# Where the defaults of a run differ from those of LocalSpec: with these the embedded digits reach 0.95
+# within 20 rounds (docs/configuration.md has the numbers).
+CLIENT_DEFAULTS: Values = {"epochs": 5, "batch_size": 16}
 
 
 class Section(BaseModel):
@@ -246,7 +249,7 @@ class Config(Section):
     run: RunSection = RunSection()
     data: DataSection = Field(default_factory=lambda: DataSection.model_validate({}))
     model: ModelSection = ModelSection()
-    client: LocalSpec = LocalSpec()
+    client: LocalSpec = LocalSpec(**CLIENT_DEFAULTS)
     round: RoundSection = RoundSection()
     sampler: SamplerSection = SamplerSection()
     availability: AvailabilitySection = AvailabilitySection()
@@ -256,6 +259,11 @@ class Config(Section):
     engine: EngineSection = EngineSection()
     evaluation: EvaluationSection = EvaluationSection()
     output: OutputSection = OutputSection()
+
+    @field_validator("client", mode="before")
+    @classmethod
+    def _client_defaults(cls, values: Any) -> Any:  # Any: as it was written
+        return {**CLIENT_DEFAULTS, **values} if isinstance(values, dict) else values
 
     @field_validator("client")
     @classmethod

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fedsim import rounds
 from fedsim.buffers import BufferFold, Buffers
-from fedsim.engine import Arrived, Engine, Failed, Opened, Refused
+from fedsim.engine import Drained, Engine, Failed, Opened, Refused, Timer
 from fedsim.errors import AllRefused, QuorumNotReached, RunFailed
 from fedsim.local import LocalSpec
 from fedsim.reduce import Rows, Sums
@@ -28,6 +28,10 @@ from fedsim.transform import Observed, Observer, UpdateTransform
 from fedsim.types import Bools, Floats, Ids, Meta, Task, UpdateBlock, WindowInfo
 
 Sample = Callable[[int, int, int], Ids]  # (round, attempt, count) -> ids, ascending
+
+
+NOT_FINITE = "the update is not finite"
+NO_WEIGHT = "the update has no weight"
 
 
 class RunState(NamedTuple):
@@ -56,10 +60,17 @@ class RunState(NamedTuple):
 class ClientLog:
     """What happened to each client of a window, for ``clients.jsonl``; filled block by block."""
 
-    columns: dict[str, list[Any]] = field(default_factory=dict)  # Any: columns differ in type
+    parts: list[dict[str, list[Any]]] = field(default_factory=list)  # Any: columns differ in type
 
-    def add(self, block: UpdateBlock, verdicts: Sequence[str], norms: Floats, bytes_up: int) -> None:
-        new = {
+    def add(
+        self,
+        block: UpdateBlock,
+        verdicts: Sequence[str],
+        reasons: Sequence[str | None],
+        norms: Floats,
+        bytes_up: int,
+    ) -> None:
+        part: dict[str, list[Any]] = {
             "client": block.ids.tolist(),
             "verdict": list(verdicts),
             "examples": block.examples.tolist(),
@@ -69,15 +80,25 @@ class ClientLog:
             "bytes_up": [bytes_up] * len(block),
             **{name: values.tolist() for name, values in block.metrics.items()},
         }
-        for name, values in new.items():
-            self.columns.setdefault(name, []).extend(values)
+        if any(reasons):
+            part["reason"] = list(reasons)
+        self.parts.append(part)
 
     def add_missing(self, client: int, verdict: str, reason: str) -> None:
-        row: dict[str, Any] = {"client": client, "verdict": verdict, "reason": reason}
-        length = len(self.columns.get("client", []))
-        for name in {*self.columns, *row}:
-            column = self.columns.setdefault(name, [None] * length)
-            column.append(row.get(name))
+        self.parts.append({"client": [client], "verdict": [verdict], "reason": [reason]})
+
+    @property
+    def clients(self) -> set[int]:
+        return {client for part in self.parts for client in part["client"]}
+
+    @property
+    def columns(self) -> dict[str, list[Any]]:
+        """Equally long columns, None where a client has no such value."""
+        names = dict.fromkeys(name for part in self.parts for name in part)
+        return {
+            name: [v for part in self.parts for v in part.get(name, [None] * len(part["client"]))]
+            for name in names
+        }
 
 
 @dataclass(slots=True)
@@ -172,13 +193,14 @@ class Federation:
                     close = True
             if close:
                 window, refused = self._fold_received(window, collected)
+                # Before the deadline, those still working can make up for the refused.
                 reopen = bool(refused) and not self._satisfied(window)
+                reopen &= not isinstance(event, Timer | Drained)
                 if not reopen or not window.count(Status.IN_FLIGHT):
                     return self._conclude(window, collected)
                 pending.extend(refused)
             event = pending.pop(0) if pending else self.engine.next_event()
-            if isinstance(event, Arrived | Failed):
-                window, _ = rounds.on_event(window, event)
+            window, _ = rounds.on_event(window, event)
 
     def _nothing_collected(self) -> Collected:
         gather = self.strategy.fold == "gather"
@@ -261,19 +283,19 @@ class Federation:
         bad_weight = ~np.isfinite(weights)
         keep = finite & ~unwanted & ~bad_weight
         verdicts = np.where(keep, "accepted", "refused").tolist()
-        collected.clients.add(block, verdicts, norms, bytes_up)
+        reasons = [
+            None if k else NOT_FINITE if not f else NO_WEIGHT for k, f in zip(keep, finite, strict=True)
+        ]
+        collected.clients.add(block, verdicts, reasons, norms, bytes_up)
         collected.bytes_up += bytes_up * len(block)
         refused = [
             Refused(block.ids[rows], reason)
             for rows, reason in (
-                (~finite, "the update is not finite"),
-                (finite & (unwanted | bad_weight), "the update has no weight"),
+                (~finite, NOT_FINITE),
+                (finite & (unwanted | bad_weight), NO_WEIGHT),
             )
             if rows.any()
         ]
-        if refused:
-            collected.clients.columns.setdefault("reason", [])
-            _note_reasons(collected.clients, refused)
         if not keep.any():
             return refused
         if not keep.all():
@@ -323,7 +345,9 @@ class Federation:
         metrics: dict[str, float] = {}
         if error is None:
             metrics = self._commit(window, collected, refused, late, lost)
-            outcome = "ok" if received == len(window.ids) else "partial" if received else "empty"
+            outcome = "partial" if received else "empty"
+            if received and received == len(window.ids):
+                outcome = "ok"
         else:
             outcome = "failed"
             self.rows.discard()
@@ -331,8 +355,9 @@ class Federation:
         if self.scheduler.mode == "sync":
             self.engine.cancel()
         self.state = self.state._replace(clock=self.engine.now)
+        logged = collected.clients.clients
         for client, reason in window.reasons:
-            if client not in collected.clients.columns.get("client", []):
+            if client not in logged:
                 collected.clients.add_missing(client, "lost", reason)
         record = {
             "round": self.state.round_index + (1 if error is not None else 0),
@@ -431,17 +456,3 @@ def _norms(block: UpdateBlock) -> tuple[Floats, Bools]:
     if block.buffers is not None:
         finite &= torch.isfinite(block.buffers).all(dim=1).cpu().numpy()
     return norms, finite
-
-
-def _note_reasons(log: ClientLog, refused: Sequence[Refused]) -> None:
-    """Put the reason beside each refused client."""
-    clients = log.columns["client"]
-    column = log.columns["reason"]
-    column.extend([None] * (len(clients) - len(column)))
-    by_client = {int(i): event.reason for event in refused for i in event.ids}
-    for position, client in enumerate(clients):
-        if client in by_client and column[position] is None:
-            column[position] = by_client[client]
-
-
-FailurePolicy = Literal["retry", "skip", "stop"]

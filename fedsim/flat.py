@@ -79,8 +79,8 @@ class ParamSpec:
 
     def flatten(self, vector: Vector, *, stacked: bool = False) -> Tensor:
         """The flat [D] of a Vector, or [C, D] of a stack of C."""
-        start = 1 if stacked else 0
-        return torch.cat([vector.tensors[name].flatten(start) for name in self.names], dim=-1)
+        tensors = [vector.tensors[name] for name in self.names]
+        return torch.cat([t.reshape(len(t), -1) if stacked else t.reshape(-1) for t in tensors], dim=-1)
 
     def stack(self, flat: Tensor, clients: int) -> Vector:
         """C copies of `flat` [D] as contiguous stacks [C, *shape], one per layer."""

@@ -159,6 +159,13 @@ def affine(
     return LocalAlgorithm(fresh, init, (Phase(direction),), finish, terms=terms)
 
 
+def trained(phase: Phase, vector: Vector) -> Vector:
+    """The entries of a Vector that move in this phase; shares their tensors."""
+    if phase.trains is None:
+        return vector
+    return Vector({n: t for n, t in vector.tensors.items() if n.startswith(phase.trains)})
+
+
 class Proposal(NamedTuple):
     """One clipped direction, ready for the optimiser."""
 
@@ -178,16 +185,12 @@ def propose(
     carry: Any,
     batch: Batch,
 ) -> Proposal:
-    """`direction`, then the norm clip, then the mask of parameters that do not train.
+    """`direction`, restricted to the parameters that train, then the norm clip.
 
     Every driver takes its steps from here: the loop calls it, the stacked engine vmaps it.
     """
     (vector, scale), carry, aux = phase.direction(msg, lent, state, x, carry, batch)
-    if phase.trains is not None:
-        kept = phase.trains
-        vector = Vector(
-            {n: t if n.startswith(kept) else torch.zeros_like(t) for n, t in vector.tensors.items()}
-        )
+    vector = trained(phase, vector)
     if spec.clip_norm is not None:
         vector = clip(vector, spec.clip_norm)
     return Proposal(vector, torch.as_tensor(scale, dtype=batch.lr.dtype), carry, aux)
@@ -250,7 +253,7 @@ def run_local(
         optimizer: Optimizer = make_optimizer(phase_spec)
         moving = phase.data == "batches"
         if moving and optimizer_state is None:
-            optimizer_state = optimizer.init(x)
+            optimizer_state = optimizer.init(trained(phase, x))
         for batch in batches(phase, phase_spec):
             batch = batch._replace(buffers=current)
             step = propose(phase, phase_spec, msg, lent, client_state, x, carry, batch)
@@ -258,9 +261,10 @@ def run_local(
             if not moving:
                 continue
             rate = batch.lr * step.lr_scale
-            x, optimizer_state, length = optimizer.update(
-                optimizer_state, x, step.vector, rate, inplace=not differentiable
+            moved, optimizer_state, length = optimizer.update(
+                optimizer_state, trained(phase, x), step.vector, rate, inplace=not differentiable
             )
+            x = Vector({**x.tensors, **moved.tensors})
             normaliser = normaliser + length
             current = dict(step.aux.buffers)
             rows = batch.mask.sum()

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from fedsim.local import LocalAlgorithm, Result
 from fedsim.types import Message
@@ -26,37 +27,51 @@ class PersonalState(NamedTuple):
 def personalise(algorithm: LocalAlgorithm, names: frozenset[str]) -> LocalAlgorithm:
     """`algorithm` with the parameters `names` kept on the client.
 
-    Local training starts at the broadcast model with the client's own values in place; every vector
-    that it reports is zero at the personal entries, so no server ever sees or moves them.
+    The algorithm sees a broadcast model with the client's own values in place, so that a proximal
+    term pulls towards where this task started. Every vector that it reports, and every one that it
+    keeps (duals, control variates), is zero at the personal entries: no server sees or moves them,
+    and nothing accumulates against them.
     """
+
+    def seen(msg: Message, own: Vector) -> Message:
+        return Message({**msg.vectors, "x": merge(msg.x, own)}, msg.scalars)
 
     def merge(x: Vector, own: Vector) -> Vector:
         return Vector({n: own.tensors[n] if n in names else t for n, t in x.tensors.items()})
+
+    def hide(leaf: Any) -> Any:
+        if not isinstance(leaf, Vector):
+            return leaf
+        return Vector({n: torch.zeros_like(t) if n in names else t for n, t in leaf.tensors.items()})
 
     def fresh(msg: Message) -> PersonalState:
         own = Vector({n: t for n, t in msg.x.tensors.items() if n in names})
         return PersonalState(algorithm.fresh(msg), own)
 
     def init(msg: Message, lent: Any, state: PersonalState) -> tuple[Vector, Any]:
-        x, carry = algorithm.init(msg, lent, state.inner)
+        x, carry = algorithm.init(seen(msg, state.own), lent, state.inner)
         return merge(x, state.own), carry
 
     def phase_direction(direction: Any) -> Any:
         def inner(msg: Message, lent: Any, state: PersonalState, *rest: Any) -> Any:
-            return direction(msg, lent, state.inner, *rest)
+            return direction(seen(msg, state.own), lent, state.inner, *rest)
 
         return inner
 
     def finish(
         msg: Message, lent: Any, state: PersonalState, x: Vector, carry: Any, normaliser: Tensor
     ) -> tuple[Result, PersonalState, Any]:
-        result, kept, metrics = algorithm.finish(msg, lent, state.inner, x, carry, normaliser)
+        result, kept, metrics = algorithm.finish(
+            seen(msg, state.own), lent, state.inner, x, carry, normaliser
+        )
+        kept = pytree.tree_map(hide, kept, is_leaf=lambda leaf: isinstance(leaf, Vector))
         own = Vector({n: x.tensors[n] for n in state.own.tensors})
-        hidden = {name: _without(v, names) for name, v in result.vectors.items()}
+        hidden = {name: hide(v) for name, v in result.vectors.items()}
         return Result(hidden, result.scalars), PersonalState(kept, own), metrics
 
     def personal(msg: Message, state: PersonalState) -> Vector:
-        base = msg.x if algorithm.personal is None else algorithm.personal(msg, state.inner)
+        view = seen(msg, state.own)
+        base = view.x if algorithm.personal is None else algorithm.personal(view, state.inner)
         return merge(base, state.own)
 
     return algorithm._replace(
@@ -67,7 +82,3 @@ def personalise(algorithm: LocalAlgorithm, names: frozenset[str]) -> LocalAlgori
         personal=personal,
         terms=None,
     )
-
-
-def _without(vector: Vector, names: frozenset[str]) -> Vector:
-    return Vector({n: torch.zeros_like(t) if n in names else t for n, t in vector.tensors.items()})

@@ -128,7 +128,7 @@ def on_event(state: WindowState, event: Event) -> tuple[WindowState, npt.NDArray
         taken = (Status.IN_FLIGHT, Status.RECEIVED) if isinstance(event, Refused) else (Status.IN_FLIGHT,)
         rows = _latest_rows(state, event.ids)
         rows = rows[rows >= 0]
-        rows = rows[np.isin(state.status[rows], taken)]
+        rows = np.unique(rows[np.isin(state.status[rows], taken)])
         if not len(rows):
             return state, none
         status = state.status.copy()

@@ -7,14 +7,15 @@ a slot that the last checkpoint names is never overwritten: a checkpoint stores 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fedsim.storage import sync_file
 from fedsim.types import Bools, Ids
 
 SEGMENT_BYTES = 16 << 20
@@ -36,8 +37,9 @@ class RowStore:
         self._staged: dict[int, int] = {}
         self._segments: dict[str, list[Tensor]] = {}
         self._free: list[int] = []
-        self._pinned = np.empty(0, np.int64)  # slots of the last checkpoint
-        self._held: list[int] = []  # replaced since, freed by the next checkpoint
+        self._pinned: frozenset[int] = frozenset()  # slots of the last durable index
+        self._indexed: frozenset[int] = frozenset()  # slots of the last index, durable or not
+        self._held: list[int] = []  # replaced, but named by one of the two
         self._slots = 0
         self._per_segment = 1
 
@@ -81,7 +83,8 @@ class RowStore:
             old = int(self.slot_of[client])
             self.slot_of[client] = slot
             if old >= 0:
-                (self._held if old in self._pinned_set else self._free).append(old)
+                named = old in self._pinned or old in self._indexed
+                (self._held if named else self._free).append(old)
         self.discard()
 
     def discard(self) -> None:
@@ -91,12 +94,11 @@ class RowStore:
 
     def index(self) -> dict[str, np.ndarray]:
         """What a checkpoint must hold; flushes the segments first."""
-        for segments in self._segments.values():
-            for segment in segments:
-                backing = segment.numpy()
-                base = backing.base
-                if isinstance(base, np.memmap):
-                    base.flush()
+        if self.folder is not None:
+            for name, segments in self._segments.items():
+                for number in range(len(segments)):
+                    sync_file(self._path(name, number))
+        self._indexed = frozenset(self.slot_of[self.slot_of >= 0].tolist())
         touched = np.flatnonzero((self.slot_of >= 0) | (self.version_of > 0))
         return {
             "ids": touched.astype(np.int64),
@@ -105,11 +107,10 @@ class RowStore:
         }
 
     def pin(self) -> None:
-        """The index last returned is durable: its slots are kept, older ones are free."""
-        self._free.extend(self._held)
-        self._held.clear()
-        self._pinned = self.slot_of[self.slot_of >= 0]
-        self.__dict__.pop("_pinned_set", None)
+        """The index last returned is durable: its slots are kept, those of the one before are free."""
+        self._pinned = self._indexed
+        self._free.extend(slot for slot in self._held if slot not in self._pinned)
+        self._held = [slot for slot in self._held if slot in self._pinned]
 
     def restore(
         self,
@@ -128,14 +129,9 @@ class RowStore:
         while self._slots < top:
             self._grow()
         self._free = sorted(set(range(self._slots)) - set(used.tolist()), reverse=True)
+        self._held = []
+        self._indexed = frozenset(used.tolist())
         self.pin()
-
-    @property
-    def _pinned_set(self) -> frozenset[int]:
-        cached = self.__dict__.get("_pinned_set")
-        if cached is None:
-            cached = self.__dict__["_pinned_set"] = frozenset(self._pinned.tolist())
-        return cached
 
     def _lay_out(self, layout: dict[str, tuple[tuple[int, ...], torch.dtype]]) -> None:
         self.layout = layout
@@ -161,11 +157,14 @@ class RowStore:
                 self._segments[name].append(torch.zeros(full, dtype=dtype))
                 continue
             self.folder.mkdir(parents=True, exist_ok=True)
-            path = self.folder / f"{name}-{number:05d}.rows"
-            numpy_dtype = torch.empty(0, dtype=dtype).numpy().dtype
-            mode: Literal["r+", "w+"] = "r+" if path.exists() else "w+"
-            mapped: Any = np.memmap(path, numpy_dtype, mode, shape=full)
-            self._segments[name].append(torch.from_numpy(mapped))
+            # torch maps every dtype that a state may have, NumPy knows no bfloat16.
+            values = self._per_segment * math.prod(shape)
+            mapped = torch.from_file(str(self._path(name, number)), shared=True, size=values, dtype=dtype)
+            self._segments[name].append(mapped.reshape(full))
         first = self._slots
         self._slots += self._per_segment
         self._free.extend(range(self._slots - 1, first - 1, -1))
+
+    def _path(self, name: str, number: int) -> Path:
+        assert self.folder is not None
+        return self.folder / f"{name}-{number:05d}.rows"

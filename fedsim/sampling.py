@@ -89,8 +89,8 @@ def listed(*, clients: Sequence[int]) -> Sampler:
     Args:
         clients: ids, each once.
     """
-    if len(set(clients)) != len(clients) or any(c < 0 for c in clients):
-        raise ValueError("clients must be distinct ids from 0")
+    if not clients or len(set(clients)) != len(clients) or min(clients) < 0:
+        raise ValueError("clients must be one or more distinct ids from 0")
     ids = np.sort(np.asarray(clients, np.int64))
 
     def sample(

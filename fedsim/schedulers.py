@@ -93,7 +93,7 @@ def sync(
             why=f"a round has {cohort} clients",
             hint=f"set quorum between 0 and {cohort}",
         )
-    if overcommit < 1.0 or (deadline is not None and not deadline > 0.0):
+    if not 1.0 <= overcommit < math.inf or (deadline is not None and not deadline > 0.0):
         raise ConfigError(
             "overcommit must be at least 1 and the deadline positive",
             code="FS-CFG-064",

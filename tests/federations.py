@@ -166,9 +166,7 @@ def build(
     floating, integers = buffer_specs(module)
     clients = ClientData(data, seed=seed, dtype=dtype, device=torch.device("cpu"))
     gradient = model_grad(module, LOSSES["classification"])
-    place = Workplace(
-        module, layout, floating, integers, grad(gradient) if grad else gradient, clients, seed
-    )
+    place = Workplace(module, layout, floating, integers, grad(gradient) if grad else gradient, clients, seed)
     if trainer is not None:
         training: Trainer = trainer(place)
     else:

@@ -47,7 +47,7 @@ def batch_positions(seed: int, round_index: int, ids: Ids, sizes: Ids, spec: Loc
     if width == 0 or longest == 0:
         return np.empty((clients, 0, width), np.int64)
     per_epoch = np.maximum(batches_per_epoch(sizes, spec), 1)
-    epochs = int(-(-steps // per_epoch).max())
+    epochs = int((-(-steps // per_epoch)).max())
     most = int(sizes.max())
     # Each pass has counters of its own, so that a draw does not depend on who else is in the block.
     words = np.stack(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from fedsim.errors import EnvironmentProblem
 from fedsim.runs.names import check_file_name
-from fedsim.runs.storage import write_atomically
+from fedsim.storage import write_atomically
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -14,8 +14,8 @@ from fedsim.errors import ConfigError
 from fedsim.runs import measures, theme
 from fedsim.runs.folder import RunFolder
 from fedsim.runs.numbers import in_bytes, in_time, short
-from fedsim.runs.storage import write_atomically
 from fedsim.runs.table import csv_bytes, flat
+from fedsim.storage import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

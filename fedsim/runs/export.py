@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from fedsim.errors import ConfigError, EnvironmentProblem, ModelError
 from fedsim.runs.folder import CHECKPOINTS, RunFolder
 from fedsim.runs.names import check_file_name
-from fedsim.runs.storage import problem, write_atomically
+from fedsim.storage import problem, write_atomically
 
 FORMS = ("torch", "onnx", "numpy")
 

@@ -27,7 +27,7 @@ from fedsim.runs import checkpoints, lines, lock, manifest, table
 from fedsim.runs.lines import Record
 from fedsim.runs.log import open_log
 from fedsim.runs.names import folder_name
-from fedsim.runs.storage import damaged, problem, sync_file, unreadable, write_atomically
+from fedsim.storage import damaged, problem, sync_file, unreadable, write_atomically
 
 if TYPE_CHECKING:
     from torch import Tensor

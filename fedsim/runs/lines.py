@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from fedsim.errors import EnvironmentProblem
-from fedsim.runs.storage import append_whole, problem, unreadable
+from fedsim.storage import append_whole, problem, unreadable
 
 Record = dict[str, Any]  # Any: whatever JSON holds
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from fedsim.errors import EnvironmentProblem
-from fedsim.runs.storage import problem
+from fedsim.storage import problem
 
 LOCK = ".lock"
 

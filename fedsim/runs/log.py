@@ -6,7 +6,7 @@ import logging
 import sys
 from pathlib import Path
 
-from fedsim.runs.storage import problem
+from fedsim.storage import problem
 
 
 def open_log(path: Path) -> logging.Handler:

@@ -19,7 +19,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from fedsim.runs.storage import sha256
+from fedsim.storage import sha256
 
 SCHEMA = 1
 Facts = dict[str, Any]  # Any: JSON

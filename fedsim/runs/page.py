@@ -31,11 +31,11 @@ p { margin: .3rem 0; }
 .tiles li, .card { background: var(--paper); border: 1px solid var(--grid); border-radius: .6rem;
   padding: .7rem .9rem; }
 .tiles b { display: block; font-size: 1.35rem; line-height: 1.2; }
-.cards { display: grid; gap: .9rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 28rem), 1fr)); }
+.cards { display: grid; gap: .9rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 23rem), 1fr)); }
 .card { margin: 0; min-width: 0; }
 .wide { grid-column: 1 / -1; }
 .scroll { overflow-x: auto; }
-.card svg { display: block; width: 100%; height: auto; max-height: 34rem; }
+.card svg { display: block; width: 100%; height: auto; max-height: 24rem; }
 .wide svg { min-width: 34rem; max-height: 27rem; }
 table { border-collapse: collapse; width: 100%; font-size: .9rem; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; vertical-align: top; padding: .25rem .8rem .25rem 0;

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 from fedsim.runs import curves, measures, spread, theme
 from fedsim.runs.folder import PLOTS, RunFolder
 from fedsim.runs.names import slug
-from fedsim.runs.storage import problem, unreadable, write_atomically
 from fedsim.runs.table import csv_bytes
+from fedsim.storage import problem, unreadable, write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -15,9 +15,9 @@ from fedsim.runs.folder import PLOTS, REPORT, RunFolder
 from fedsim.runs.lines import ROUND_KEYS
 from fedsim.runs.numbers import in_bytes, in_time, short, some
 from fedsim.runs.plots import client_fairness, draw, read_csv
-from fedsim.runs.storage import unreadable, write_atomically
 from fedsim.runs.table import flat
 from fedsim.runs.troubles import Trouble, counts, troubles
+from fedsim.storage import unreadable, write_atomically
 
 if TYPE_CHECKING:
     from fedsim.data.federated import FederatedData

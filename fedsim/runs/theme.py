@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedsim.runs.storage import write_atomically
+from fedsim.storage import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist

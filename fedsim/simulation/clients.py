@@ -22,7 +22,8 @@ class Schedule:
         clients: whose data.
         task, ids: the task and the [C] clients of the block.
         phase, spec: of the algorithm.
-        steps: [C] local steps (a `full` phase takes one pass instead).
+        steps: [C] local steps of the task; a phase with its own table follows that, and a `full`
+            phase takes one pass.
     """
 
     def __init__(
@@ -32,7 +33,8 @@ class Schedule:
         self.sizes = clients.sizes(ids)
         self.moving = phase.data == "batches"
         if self.moving:
-            self.steps = steps
+            self.steps = steps if phase.spec is None else step_counts(self.sizes, phase.spec)
+            steps = self.steps
             self.positions = batch_positions(clients.seed, task.round_index, ids, self.sizes, spec, steps)
         else:
             self.steps = batches_per_epoch(self.sizes, spec)

@@ -23,7 +23,7 @@ from fedsim.local import LocalAlgorithm
 from fedsim.optimizers import make_optimizer
 from fedsim.rows import RowStore
 from fedsim.simulation.devices import DeviceModel
-from fedsim.simulation.trainer import ClientFailed, Trained, Trainer, Workplace, client_message
+from fedsim.simulation.trainer import ClientFailed, Trainer, Workplace, client_message
 from fedsim.transform import UpdateTransform
 from fedsim.types import Floats, Ids, Message, Task, UpdateBlock
 
@@ -98,7 +98,7 @@ class SimulatedEngine:
             return state
         leaves, structure = pytree.tree_flatten(state)
         rows = self.store.read(ids)
-        own = [rows[f"{position:03d}"][0] for position in range(len(leaves))]
+        own = [rows[f"local-{position:03d}"][0] for position in range(len(leaves))]
         return pytree.tree_unflatten(own, structure)
 
     def set_timer(self, name: str, at: float) -> None:
@@ -144,12 +144,10 @@ class SimulatedEngine:
         self, task: Task, ids: Ids, steps: Ids, seconds: Floats, algorithm: LocalAlgorithm
     ) -> UpdateBlock:
         with torch.no_grad():
-            fresh = self._fresh(task, algorithm)
-            states = self._read(ids, fresh)
-            trained = self.trainer.train(task, ids, steps, algorithm, states[0], self.buffers())
-            vectors, kept = self._encode(task, ids, trained, states[1])
-        leaves = pytree.tree_leaves((trained.states, kept))
-        self.store.stage(ids, {f"{i:03d}": leaf for i, leaf in enumerate(leaves)})
+            states = self._read(ids, self._fresh(task, algorithm), "local")
+            trained = self.trainer.train(task, ids, steps, algorithm, states, self.buffers())
+            vectors, kept = self._encode(task, ids, trained.vectors)
+        self.store.stage(ids, _named(trained.states, "local") | _named(kept, "transform"))
         return UpdateBlock(
             ids,
             np.full(len(ids), task.version, np.int64),
@@ -166,20 +164,14 @@ class SimulatedEngine:
         )
 
     def _fresh(self, task: Task, algorithm: LocalAlgorithm) -> Any:
-        """One client's state at first participation: ((algorithm's, optimiser's), transform's)."""
+        """One client's state at first participation: the algorithm's and the optimiser's."""
         message = client_message(task.message, self.place.spec)
-        state = algorithm.fresh(message)
         optimizer: Any = ()
         if algorithm.keeps_optimizer:
             optimizer = make_optimizer(task.spec).init(message.x)
-        kept: Any = ()
-        if self.transform is not None:
-            x = task.message.vectors["x"]
-            kept = self.transform.init({"delta": torch.zeros(1, len(x), dtype=x.dtype)})
-            kept = pytree.tree_map(lambda leaf: leaf[0], kept)
-        return (state, optimizer), kept
+        return algorithm.fresh(message), optimizer
 
-    def _read(self, ids: Ids, fresh: Any) -> Any:
+    def _read(self, ids: Ids, fresh: Any, part: str) -> Any:
         """The states of these clients with a leading C; fresh for those never accepted before."""
         leaves, structure = pytree.tree_flatten(fresh)
         if not leaves:
@@ -190,12 +182,21 @@ class SimulatedEngine:
             rows = self.store.read(ids[known])
             at = torch.from_numpy(np.flatnonzero(known))
             for position, leaf in enumerate(stacked):
-                leaf[at.to(leaf.device)] = rows[f"{position:03d}"].to(leaf.device)
+                leaf[at.to(leaf.device)] = rows[f"{part}-{position:03d}"].to(leaf.device)
         return pytree.tree_unflatten(stacked, structure)
 
-    def _encode(self, task: Task, ids: Ids, trained: Trained, state: Any) -> tuple[Mapping[str, Tensor], Any]:
+    def _encode(
+        self, task: Task, ids: Ids, vectors: Mapping[str, Tensor]
+    ) -> tuple[Mapping[str, Tensor], Any]:
         if self.transform is None:
-            return trained.vectors, ()
+            return vectors, ()
+        fresh = self.transform.init({name: torch.zeros_like(v[:1]) for name, v in vectors.items()})
+        state = self._read(ids, pytree.tree_map(lambda leaf: leaf[0], fresh), "transform")
         keys = stream_keys(self.place.seed, Purpose.ENCODE, task.round_index, ids)
-        message, kept = self.transform.encode(state, trained.vectors, keys)
+        message, kept = self.transform.encode(state, vectors, keys)
         return message, kept
+
+
+def _named(tree: Any, part: str) -> dict[str, Tensor]:
+    """The leaves of a state as named rows."""
+    return {f"{part}-{i:03d}": leaf for i, leaf in enumerate(pytree.tree_leaves(tree))}

@@ -7,7 +7,7 @@ masks over whole clients. Short batches are padded with rows of weight zero.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from fedsim.buffers import Buffers
 from fedsim.keys import Purpose, torch_seed
-from fedsim.local import LocalAlgorithm, LocalSpec, Phase, propose
+from fedsim.local import LocalAlgorithm, LocalSpec, Phase, propose, trained
 from fedsim.optimizers import make_optimizer
 from fedsim.simulation.clients import Schedule
 from fedsim.simulation.trainer import (
@@ -68,74 +68,114 @@ class StackedTrainer:
         msg = client_message(task.message, place.spec)
         lent = client_lent(task.lend(ids), place.spec)
         state, optimizer_state = states
-        optimizer_state = optimizer_state or None
         each = torch.arange(clients, device=device)  # gives vmap an axis where nothing else does
 
         def start(_: Tensor, lent_row: Any, state_row: Any) -> Any:
             return algorithm.init(msg, lent_row, state_row)
 
         x, carry = pytree.tree_map(_own, vmap(start, in_dims=(0, 0, 0))(each, lent, state))
-        current = {
-            name: b.unsqueeze(0).expand(clients, *b.shape).clone()
-            for name, b in buffer_dict(place, buffers).items()
-        }
         like = next(iter(x.tensors.values()))
-        normaliser = like.new_zeros(clients)
-        loss_sum, seen = like.new_zeros(clients), like.new_zeros(clients)
-        taken = np.zeros(clients, np.int64)
-
+        stack = _Stack(
+            lent,
+            state,
+            x,
+            carry,
+            optimizer_state,
+            {
+                name: b.unsqueeze(0).expand(clients, *b.shape).clone()
+                for name, b in buffer_dict(place, buffers).items()
+            },
+            *like.new_zeros(4, clients),
+        )
         for phase in algorithm.phases:
             spec = phase.spec or task.spec
-            optimizer = make_optimizer(spec)
-            schedule = Schedule(place.clients, task, ids, phase, spec, steps)
-            if schedule.moving and optimizer_state is None:
-                optimizer_state = optimizer.init(x, clients=clients)
-            step_all = _vmapped_step(phase, spec, msg)
-            for step in range(len(schedule)):
-                active = int((schedule.steps > step).sum())
-                batch = schedule.stacked(step, active)._replace(
-                    buffers={n: b[:active] for n, b in current.items()}
-                )
-                rows = _Prefix(active)
-                part = rows.of(carry)
-                vector, scale, new_carry, aux = step_all(
-                    rows.of(lent), rows.of(state), rows.of(x), part, batch
-                )
-                pytree.tree_map(_overwrite, part, new_carry)
-                if not schedule.moving:
-                    continue
-                _, _, length = optimizer.update(
-                    rows.of(optimizer_state), rows.of(x), vector, batch.lr * scale, inplace=True
-                )
-                normaliser[:active] += length
-                for name, buffer in aux.buffers.items():
-                    current[name][:active] = buffer
-                real = batch.mask.sum(dim=1)
-                loss_sum[:active] += aux.loss.detach() * real
-                seen[:active] += real
-                taken[:active] += 1
+            counts = Schedule(place.clients, task, ids, phase, spec, steps).steps
+            # Those still working must be a prefix; another phase may ask for another order.
+            order = np.argsort(-counts, kind="stable")
+            schedule = Schedule(place.clients, task, ids[order], phase, spec, steps[order])
+            stack = _permuted(stack, order)
+            stack = self._run_phase(phase, spec, msg, schedule, stack)
             if not algorithm.keeps_optimizer:
-                optimizer_state = None
+                stack = stack._replace(optimizer=())
+            stack = _permuted(stack, np.argsort(order, kind="stable"))
 
         def end(_: Tensor, lent_row: Any, state_row: Any, x: Any, carry: Any, length: Tensor) -> Any:
             return algorithm.finish(msg, lent_row, state_row, x, carry, length)
 
-        result, new_state, metrics = vmap(end)(each, lent, state, x, carry, normaliser)
-        kept = optimizer_state if algorithm.keeps_optimizer else ()
-        loss = loss_sum / torch.clamp(seen, min=1)
+        result, new_state, metrics = vmap(end)(each, lent, state, stack.x, stack.carry, stack.normaliser)
+        loss = stack.loss / torch.clamp(stack.seen, min=1)
         return Trained(
             {n: place.spec.flatten(v, stacked=True) for n, v in result.vectors.items()},
             {n: v.double() for n, v in result.scalars.items()},
-            pytree.tree_map(lambda leaf: leaf.detach(), (new_state, kept)),
-            normaliser.double().cpu().numpy(),
+            pytree.tree_map(lambda leaf: leaf.detach(), (new_state, stack.optimizer)),
+            stack.normaliser.double().cpu().numpy(),
             {
                 "loss": loss.double().cpu().numpy(),
                 **{n: v.double().cpu().numpy() for n, v in metrics.items()},
             },
-            flatten_buffers(place.floating, current, stacked=True),
-            flatten_buffers(place.integers, current, stacked=True),
-            taken,
+            flatten_buffers(place.floating, stack.buffers, stacked=True),
+            flatten_buffers(place.integers, stack.buffers, stacked=True),
+            stack.taken.cpu().numpy().astype(np.int64),
         )
+
+    def _run_phase(
+        self, phase: Phase, spec: LocalSpec, msg: Any, schedule: Schedule, stack: _Stack
+    ) -> _Stack:
+        """All steps of one phase; everything in `stack` is changed in place but a new optimiser state."""
+        optimizer = make_optimizer(spec)
+        if schedule.moving and stack.optimizer == ():
+            fresh = optimizer.init(trained(phase, stack.x), clients=len(stack.taken))
+            stack = stack._replace(optimizer=fresh)
+        step_all = _vmapped_step(phase, spec, msg)
+        for step in range(len(schedule)):
+            active = int((schedule.steps > step).sum())
+            part: _Stack = pytree.tree_map(lambda leaf, k=active: leaf[:k], stack)
+            batch = schedule.stacked(step, active)._replace(buffers=part.buffers)
+            vector, scale, carry, aux = step_all(part.lent, part.state, part.x, part.carry, batch)
+            pytree.tree_map(_overwrite, part.carry, carry)
+            if not schedule.moving:
+                continue
+            _, _, length = optimizer.update(
+                part.optimizer, trained(phase, part.x), vector, batch.lr * scale, inplace=True
+            )
+            part.normaliser.add_(length)
+            pytree.tree_map(_overwrite, part.buffers, dict(aux.buffers))
+            real = batch.mask.sum(dim=1)
+            part.loss.add_(aux.loss.detach() * real)
+            part.seen.add_(real)
+            part.taken.add_(1)
+        return stack
+
+
+class _Stack(NamedTuple):
+    """What C clients have in hand, every leaf with a leading C; views of it are written through.
+
+    Args:
+        lent, state: as the functions of the algorithm get them.
+        x, carry, optimizer, buffers: what moves.
+        normaliser, loss, seen, taken: [C] sums of step lengths, of losses over examples, of examples,
+            and of steps.
+    """
+
+    lent: Any
+    state: Any
+    x: Any
+    carry: Any
+    optimizer: Any
+    buffers: Any
+    normaliser: Tensor
+    loss: Tensor
+    seen: Tensor
+    taken: Tensor
+
+
+def _permuted(stack: _Stack, order: Ids) -> _Stack:
+    """The clients in another order."""
+    if (order == np.arange(len(order))).all():
+        return stack
+    index = torch.from_numpy(order).to(stack.taken.device)
+    permuted: _Stack = pytree.tree_map(lambda leaf: leaf[index], stack)
+    return permuted
 
 
 def _vmapped_step(phase: Phase, spec: LocalSpec, msg: Any) -> Any:
@@ -145,16 +185,6 @@ def _vmapped_step(phase: Phase, spec: LocalSpec, msg: Any) -> Any:
         return propose(phase, spec, msg, lent, state, x, carry, batch)
 
     return vmap(step, in_dims=(0, 0, 0, 0, _BATCH_DIMS), randomness="different")
-
-
-class _Prefix:
-    """Views of the first k rows of every leaf."""
-
-    def __init__(self, rows: int) -> None:
-        self.rows = rows
-
-    def of(self, tree: Any) -> Any:
-        return pytree.tree_map(lambda leaf: leaf[: self.rows], tree)
 
 
 def _own(leaf: Tensor) -> Tensor:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from fedsim.buffers import Buffers
@@ -15,6 +14,7 @@ from fedsim.flat import ParamSpec
 from fedsim.local import LocalAlgorithm
 from fedsim.simulation.clients import ClientData
 from fedsim.types import Floats, GradFn, Ids, Message, Task
+from fedsim.vector import Vector
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -121,9 +121,8 @@ def flatten_buffers(spec: ParamSpec | None, buffers: Mapping[str, Tensor], *, st
     """[C, Db] (or [1, Db] of one client) of the named buffers in `spec`."""
     if spec is None:
         return None
-    start = 1 if stacked else 0
-    parts = [buffers[name].flatten(start).to(spec.dtype) for name in spec.names]
-    flat = torch.cat(parts, dim=-1)
+    named = Vector({name: buffers[name].to(spec.dtype) for name in spec.names})
+    flat = spec.flatten(named, stacked=stacked)
     return flat if stacked else flat.unsqueeze(0)
 
 

@@ -131,9 +131,7 @@ def first_answers(small: Small) -> dict[int, dict[str, torch.Tensor]]:
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_one_local_step_in_single_precision_agrees(name: str, model: str, tolerance: float) -> None:
     spec = LocalSpec(steps=1, batch_size=4, lr=0.1)
-    answers = [
-        first_answers(s) for s in both(registered(name), model=model, dtype=torch.float32, spec=spec)
-    ]
+    answers = [first_answers(s) for s in both(registered(name), model=model, dtype=torch.float32, spec=spec)]
     assert answers[0].keys() == answers[1].keys()
     for client, vectors in answers[0].items():
         for part, values in vectors.items():

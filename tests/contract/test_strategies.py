@@ -6,7 +6,7 @@ simulation equals deployment is tested with the server; convergence with each st
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -317,7 +317,9 @@ def test_traits_count_the_vectors_that_travel(name: str) -> None:
     small, seen = probed(name)
     traits = small.federation.strategy.traits
     size = small.place.spec.size
-    lent = small.federation.strategy.lend(small.federation.state.strategy, small.federation.rows, np.array([0]))
+    lent = small.federation.strategy.lend(
+        small.federation.state.strategy, small.federation.rows, np.array([0])
+    )
     model_sized = [v for v in lent.values() if v.shape[1:] == (size,)] if lent else []
     assert traits.down_factor == len(seen[0].message.vectors) + len(model_sized)
     assert traits.up_factor == len(seen[0].block.vectors)
@@ -361,7 +363,6 @@ def test_traits_say_whether_the_direction_is_affine_and_whether_it_is_its_own(na
         assert strategy.traits.client_hooks
 
 
-
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_a_strategy_that_does_not_ask_for_step_lengths_does_not_use_them(name: str) -> None:
     strategy = registered(name)
@@ -369,8 +370,6 @@ def test_a_strategy_that_does_not_ask_for_step_lengths_does_not_use_them(name: s
         pytest.skip(f"{name!r} says that it divides by the sum of local step lengths")
     spec = replace(SPEC, momentum=0.0, lr=0.01, optimizer="adam")
     assert run(build(strategy, spec=spec), 2).isfinite().all()
-
-
 
 
 @pytest.mark.parametrize("name", STRATEGIES)

@@ -123,7 +123,9 @@ def test_ctrl_c_commits_and_exits_5_and_the_run_resumes(tmp_path: Path) -> None:
     assert "resume" in err
     folder = run_folder(runs)
     stopped = len((folder / "metrics.jsonl").read_text().splitlines())
-    finished(fedsim("resume", folder.name, "--runs", str(runs), "--rounds", str(stopped + 2), "-q", cwd=tmp_path))
+    finished(
+        fedsim("resume", folder.name, "--runs", str(runs), "--rounds", str(stopped + 2), "-q", cwd=tmp_path)
+    )
     assert len((folder / "metrics.jsonl").read_text().splitlines()) == stopped + 3
 
 

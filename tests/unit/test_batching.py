@@ -14,7 +14,9 @@ from fedsim.types import Ids
 SIZES = st.lists(st.integers(0, 12), min_size=1, max_size=6)
 
 
-def draw(ids: Ids, sizes: Ids, spec: LocalSpec, *, limit: Ids | None = None, window: int = 3) -> list[list[list[int]]]:
+def draw(
+    ids: Ids, sizes: Ids, spec: LocalSpec, *, limit: Ids | None = None, window: int = 3
+) -> list[list[list[int]]]:
     """Per client, per step, the positions without padding."""
     steps = step_counts(sizes, spec, limit)
     positions = batch_positions(1, window, ids, sizes, spec, steps)
@@ -38,7 +40,9 @@ def test_every_example_occurs_once_in_every_pass_and_the_short_batch_is_kept(
         for epoch in range(epochs):
             batches = client[epoch * per_pass : (epoch + 1) * per_pass]
             assert sorted(p for b in batches for p in b) == list(range(size))
-            assert [len(b) for b in batches] == [width] * (size // width) + ([size % width] if size % width else [])
+            assert [len(b) for b in batches] == [width] * (size // width) + (
+                [size % width] if size % width else []
+            )
 
 
 @settings(deadline=None)
@@ -100,7 +104,9 @@ def test_each_order_of_three_examples_is_equally_likely() -> None:
     assert ((counts - 1000) ** 2 / 1000).sum() < 20.5
 
 
-@pytest.mark.parametrize(("batch_size", "expected"), [(4, [0, 1, 1, 2]), (0, [0, 1, 1, 1]), (1, [0, 1, 4, 5])])
+@pytest.mark.parametrize(
+    ("batch_size", "expected"), [(4, [0, 1, 1, 2]), (0, [0, 1, 1, 1]), (1, [0, 1, 4, 5])]
+)
 def test_batches_of_a_pass_are_counted_rounding_up(batch_size: int, expected: list[int]) -> None:
     assert batches_per_epoch(np.array([0, 1, 4, 5]), LocalSpec(batch_size=batch_size)).tolist() == expected
 

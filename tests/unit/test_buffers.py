@@ -19,7 +19,15 @@ def block(ids: list[int], floating: torch.Tensor | None, integers: torch.Tensor 
     count = len(ids)
     ones = np.ones(count, np.int64)
     return UpdateBlock(
-        np.array(ids), ones, ones, ones, np.ones(count), np.ones(count), {}, buffers=floating, int_buffers=integers
+        np.array(ids),
+        ones,
+        ones,
+        ones,
+        np.ones(count),
+        np.ones(count),
+        {},
+        buffers=floating,
+        int_buffers=integers,
     )
 
 

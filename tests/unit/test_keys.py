@@ -75,11 +75,19 @@ def test_counters_can_be_entered_anywhere() -> None:
 
 def test_streams_differ_in_every_part_of_their_name() -> None:
     reference = (1, Purpose.BATCH, 2, 3)
-    others = [(0, Purpose.BATCH, 2, 3), (1, Purpose.SAMPLE, 2, 3), (1, Purpose.BATCH, 3, 3), (1, Purpose.BATCH, 2, 4)]
+    others = [
+        (0, Purpose.BATCH, 2, 3),
+        (1, Purpose.SAMPLE, 2, 3),
+        (1, Purpose.BATCH, 3, 3),
+        (1, Purpose.BATCH, 2, 4),
+    ]
     keys = [stream_keys(s, p, r, np.array([c]))[0] for s, p, r, c in [reference, *others]]
     assert len(set(keys)) == len(keys)
     # Exchanged parts are another name too.
-    assert stream_keys(2, Purpose.MODEL, 3, np.array([1]))[0] != stream_keys(3, Purpose.MODEL, 2, np.array([1]))[0]
+    assert (
+        stream_keys(2, Purpose.MODEL, 3, np.array([1]))[0]
+        != stream_keys(3, Purpose.MODEL, 2, np.array([1]))[0]
+    )
 
 
 def test_a_hundred_thousand_streams_do_not_collide() -> None:
@@ -109,7 +117,9 @@ def test_doubles_are_uniform_by_chi_square_along_each_index(along: str) -> None:
     elif along == "clients":
         drawn = uniform(11, Purpose.SAMPLE, 0, np.arange(n), 1)[:, 0]
     else:
-        drawn = np.concatenate([uniform(11, Purpose.SAMPLE, r, np.arange(1000), 1)[:, 0] for r in range(n // 1000)])
+        drawn = np.concatenate(
+            [uniform(11, Purpose.SAMPLE, r, np.arange(1000), 1)[:, 0] for r in range(n // 1000)]
+        )
     assert drawn.min() >= 0.0
     assert drawn.max() < 1.0
     counts = np.bincount((drawn * bins).astype(int), minlength=bins)

@@ -92,9 +92,7 @@ def strategy_or_skip(name: str, **parameters: Any) -> Strategy:
     return strategy
 
 
-@pytest.mark.parametrize(
-    ("name", "parameters"), [("fedprox", {"mu": 1.0}), ("scaffold", {}), ("feddyn", {})]
-)
+@pytest.mark.parametrize(("name", "parameters"), [("fedprox", {"mu": 1.0}), ("scaffold", {}), ("feddyn", {})])
 def test_anchors_and_duals_of_an_algorithm_do_not_hold_back_a_personal_parameter(
     name: str, parameters: dict[str, Any]
 ) -> None:
@@ -111,7 +109,9 @@ def test_anchors_and_duals_of_an_algorithm_do_not_hold_back_a_personal_parameter
         with_strategy.federation.run_window()
         alone.federation.run_window()
     for client in range(2):
-        torch.testing.assert_close(own_head(with_strategy, client), own_head(alone, client), rtol=0, atol=1e-12)
+        torch.testing.assert_close(
+            own_head(with_strategy, client), own_head(alone, client), rtol=0, atol=1e-12
+        )
 
 
 def test_a_refused_update_leaves_the_clients_own_values() -> None:

@@ -31,8 +31,8 @@ EVENTS = st.one_of(
 
 
 def snapshot(state: WindowState) -> list[Any]:
-    return [getattr(state, name) if not isinstance(getattr(state, name), np.ndarray) else getattr(state, name).copy()
-            for name in WindowState.__slots__]  # fmt: skip
+    fields = [getattr(state, name) for name in WindowState.__slots__]
+    return [value.copy() if isinstance(value, np.ndarray) else value for value in fields]
 
 
 def same(one: list[Any], other: list[Any]) -> bool:

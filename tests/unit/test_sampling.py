@@ -13,7 +13,8 @@ from fedsim.sampling import cohort_size, listed, poisson, uniform
 
 
 @pytest.mark.parametrize(
-    ("sample", "expected"), [(10, 10), (10.0, 10), (0.1, 10), (0.101, 11), (1e-9, 1), (1.0, 100), ("all", 100), (1, 1)]
+    ("sample", "expected"),
+    [(10, 10), (10.0, 10), (0.1, 10), (0.101, 11), (1e-9, 1), (1.0, 100), ("all", 100), (1, 1)],
 )
 def test_a_cohort_is_a_number_a_fraction_or_all(sample: int | float | str, expected: int) -> None:
     assert cohort_size(sample, 100) == expected

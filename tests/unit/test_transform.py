@@ -62,7 +62,9 @@ def model_after(transform: UpdateTransform | None, *, engine: str = "loop", roun
 @pytest.mark.parametrize("engine", ENGINES)
 def test_the_identity_is_bit_identical_to_no_transform(engine: str) -> None:
     assert torch.equal(model_after(identity(), engine=engine), model_after(None, engine=engine))
-    assert torch.equal(model_after(chain(identity(), identity()), engine=engine), model_after(None, engine=engine))
+    assert torch.equal(
+        model_after(chain(identity(), identity()), engine=engine), model_after(None, engine=engine)
+    )
 
 
 def test_a_chain_encodes_left_to_right_and_decodes_right_to_left() -> None:
@@ -79,7 +81,9 @@ def test_a_chain_encodes_left_to_right_and_decodes_right_to_left() -> None:
 
 def test_a_lossy_transform_loses_in_simulation_too() -> None:
     rounded = UpdateTransform(
-        lambda v: (), lambda s, v, k: ({n: (t * 4).round() for n, t in v.items()}, s), lambda m: {n: t / 4 for n, t in m.items()}
+        lambda v: (),
+        lambda s, v, k: ({n: (t * 4).round() for n, t in v.items()}, s),
+        lambda m: {n: t / 4 for n, t in m.items()},
     )
     assert (model_after(rounded) - model_after(None)).norm() > 1e-3
 
@@ -125,10 +129,10 @@ def test_a_refused_answer_leaves_the_state_of_the_transform() -> None:
     inner = signs_with_memory(0.02)
     small = build(fedavg(), transform=inner._replace(encode=encode))
     small.federation.run_window()
-    before = small.store.read(np.arange(5))["000"]
+    before = small.store.read(np.arange(5))["transform-000"]
     broken["now"] = True
     assert isinstance(small.federation.run_window().error, AllRefused)
-    assert torch.equal(small.store.read(np.arange(5))["000"], before)
+    assert torch.equal(small.store.read(np.arange(5))["transform-000"], before)
     broken["now"] = False
     clean = build(fedavg(), transform=inner)
     for _ in range(2):
@@ -152,7 +156,11 @@ def test_keys_are_a_function_of_client_and_round_and_not_of_the_block() -> None:
                 seen[observed.round_index, client] = key
 
         small = build(
-            fedavg(), engine="stacked", block=block, transform=identity()._replace(encode=encode), observers=[note]
+            fedavg(),
+            engine="stacked",
+            block=block,
+            transform=identity()._replace(encode=encode),
+            observers=[note],
         )
         for _ in range(2):
             small.federation.run_window()

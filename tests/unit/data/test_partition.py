@@ -16,9 +16,7 @@ from fedsim.data.transforms import identity
 from fedsim.errors import ConfigError, DataError, RegistryError
 
 
-def labelled(
-    labels: np.ndarray, *, owners: np.ndarray | None = None, names: tuple[str, ...] = ()
-) -> Dataset:
+def labelled(labels: np.ndarray, *, owners: np.ndarray | None = None, names: tuple[str, ...] = ()) -> Dataset:
     """Features that name their row, so that a test sees where an example went."""
     rows = torch.arange(len(labels), dtype=torch.float32)[:, None].repeat(1, 3)
     return make_dataset(
@@ -36,9 +34,7 @@ def labelled(
 TEN_CLASSES = labelled(np.arange(2000) % 10)
 # 50 examples of Ann, 3 of Ben, 1 of Cy, none of Di, 20 of Eve; not in order.
 OWNERS = np.random.default_rng(0).permutation(np.repeat([0, 1, 2, 4], [50, 3, 1, 20]))
-NAMED = labelled(
-    np.arange(74) % 4, owners=OWNERS.astype(np.int64), names=("Ann", "Ben", "Cy", "Di", "Eve")
-)
+NAMED = labelled(np.arange(74) % 4, owners=OWNERS.astype(np.int64), names=("Ann", "Ben", "Cy", "Di", "Eve"))
 
 
 def everything_to_client_0(
@@ -221,8 +217,7 @@ def test_feature_noise_grows_with_the_client_and_leaves_the_division_iid() -> No
     for client in range(4):
         rows = torch.from_numpy(clean.rows(client))
         added = (
-            noisy.dataset.train.inputs[torch.from_numpy(noisy.rows(client))]
-            - TEN_CLASSES.train.inputs[rows]
+            noisy.dataset.train.inputs[torch.from_numpy(noisy.rows(client))] - TEN_CLASSES.train.inputs[rows]
         )
         # 1,500 values: the sample deviation is within 8 % of the true one at 4 deviations.
         assert float(added.std()) == pytest.approx(0.125 * (client + 1), rel=0.08)
@@ -230,8 +225,7 @@ def test_feature_noise_grows_with_the_client_and_leaves_the_division_iid() -> No
 
 def test_feature_noise_is_the_same_for_the_same_seed_only() -> None:
     first, again, other = (
-        make_partition(TEN_CLASSES, "feature_noise", clients=3, sigma=0.1, seed=s).digest
-        for s in (1, 1, 2)
+        make_partition(TEN_CLASSES, "feature_noise", clients=3, sigma=0.1, seed=s).digest for s in (1, 1, 2)
     )
     assert first == again != other
 

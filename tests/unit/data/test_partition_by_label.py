@@ -74,9 +74,7 @@ def test_log_gamma_draws_have_the_mean_of_the_gamma_distribution() -> None:
 
 
 @given(logs=st.lists(st.floats(-1e6, 1e3), min_size=1, max_size=50), total=st.integers(0, 10_000))
-@settings(
-    max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_proportional_sizes_sum_exactly_and_stay_within_one(logs: list[float], total: int) -> None:
     shares = normalised(np.array(logs))
     sizes = proportional_sizes(shares, total)
@@ -105,9 +103,7 @@ def test_shards_divide_unequal_classes_into_equal_sizes(shards_per_client: int) 
     data=st.data(),
     seed=st.integers(0, 2**32),
 )
-@settings(
-    max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_pathological_clients_own_exactly_that_many_classes(
     classes: int, clients: int, data: st.DataObject, seed: int
 ) -> None:

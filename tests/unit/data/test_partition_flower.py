@@ -35,9 +35,7 @@ def divided(scheme: Scheme, clients: int, *, seed: int = 0) -> tuple[np.ndarray,
         ("GroupedNaturalIdPartitioner", {"group_size": 3}, 4),
     ],
 )
-def test_partitions_cover_the_data(
-    method: str, options: dict[str, Any] | None, clients: int
-) -> None:
+def test_partitions_cover_the_data(method: str, options: dict[str, Any] | None, clients: int) -> None:
     index, offsets = divided(flower(method=method, options=options), clients)
     assert len(offsets) == clients + 1
     assert np.array_equal(np.sort(index), np.arange(600))
@@ -77,9 +75,7 @@ def test_a_class_that_gives_up_is_reported_with_its_reason() -> None:
     assert "attempts" in str(caught.value.why)
 
 
-@pytest.mark.parametrize(
-    "method", ["VerticalEvenPartitioner", "Partitioner", "DirichletPartitoner"]
-)
+@pytest.mark.parametrize("method", ["VerticalEvenPartitioner", "Partitioner", "DirichletPartitoner"])
 def test_a_class_that_does_not_divide_examples_is_refused(method: str) -> None:
     with pytest.raises(ConfigError) as caught:
         flower(method=method)

@@ -15,9 +15,7 @@ from fedsim.data.picture import draw_partition, label_counts
 from fedsim.data.transforms import identity
 
 
-def labelled(
-    targets: np.ndarray, *, classes: int | None, label_names: tuple[str, ...] = ()
-) -> Dataset:
+def labelled(targets: np.ndarray, *, classes: int | None, label_names: tuple[str, ...] = ()) -> Dataset:
     values = torch.from_numpy(targets)
     return make_dataset(
         "toy",
@@ -41,9 +39,7 @@ def table(path: Path) -> list[list[str]]:
 
 
 @pytest.mark.parametrize("clients", [1, 20, 41, 1000, 2500])
-def test_picture_and_numbers_are_written_for_any_number_of_clients(
-    clients: int, tmp_path: Path
-) -> None:
+def test_picture_and_numbers_are_written_for_any_number_of_clients(clients: int, tmp_path: Path) -> None:
     data = make_partition(TEN_CLASSES, "dirichlet", clients=clients, alpha=0.3)
     files = draw_partition(data, tmp_path / "plots")
     assert files.png.read_bytes().startswith(b"\x89PNG")

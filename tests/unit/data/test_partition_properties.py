@@ -51,20 +51,14 @@ def label_arrays(draw: Callable[..., Any]) -> np.ndarray:
 
 
 def test_every_built_in_partitioner_is_covered_by_these_tests() -> None:
-    built_in = {
-        n for n in names("partitioners") if load("partitioners", n).__module__.startswith("fedsim.")
-    }
+    built_in = {n for n in names("partitioners") if load("partitioners", n).__module__.startswith("fedsim.")}
     assert built_in == {*COVERING, "fixed_size", "flower"}
 
 
 @pytest.mark.parametrize("name", COVERING)
 @given(labels=label_arrays(), clients=st.integers(1, 40), seed=st.integers(0, 2**32))
-@settings(
-    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
-def test_every_example_has_exactly_one_client(
-    name: str, labels: np.ndarray, clients: int, seed: int
-) -> None:
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_every_example_has_exactly_one_client(name: str, labels: np.ndarray, clients: int, seed: int) -> None:
     params = COVERING[name]
     if name == "pathological":
         occurring = len(np.unique(labels))
@@ -79,9 +73,7 @@ def test_every_example_has_exactly_one_client(
 
 @pytest.mark.parametrize("name", EQUAL_SIZES)
 @given(labels=label_arrays(), clients=st.integers(1, 40))
-@settings(
-    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_sizes_differ_by_at_most_one_where_equal_sizes_are_promised(
     name: str, labels: np.ndarray, clients: int
 ) -> None:
@@ -95,16 +87,12 @@ def test_sizes_differ_by_at_most_one_where_equal_sizes_are_promised(
     data=st.data(),
     seed=st.integers(0, 2**32),
 )
-@settings(
-    max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_fixed_size_gives_different_rows_and_uses_all_rows_evenly(
     n: int, clients: int, data: st.DataObject, seed: int
 ) -> None:
     examples = data.draw(st.integers(1, n))
-    index, offsets = divided(
-        "fixed_size", np.zeros(n, np.int64), clients, seed=seed, examples=examples
-    )
+    index, offsets = divided("fixed_size", np.zeros(n, np.int64), clients, seed=seed, examples=examples)
     hands = index.reshape(clients, examples)
     assert (np.diff(offsets) == examples).all()
     assert all(len(set(hand)) == examples for hand in hands.tolist())
@@ -150,9 +138,7 @@ GOLDEN = {
 def division_digest(name: str) -> str:
     params = COVERING.get(name, {"examples": 8})
     index, offsets = divided(name, (np.arange(1000) ** 2) % 11, 30, seed=7, **params)
-    return hashlib.sha256(
-        index.astype("<i8").tobytes() + offsets.astype("<i8").tobytes()
-    ).hexdigest()[:16]
+    return hashlib.sha256(index.astype("<i8").tobytes() + offsets.astype("<i8").tobytes()).hexdigest()[:16]
 
 
 @pytest.mark.parametrize("name", [*COVERING, "fixed_size"])

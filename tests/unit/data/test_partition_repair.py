@@ -27,12 +27,8 @@ def one_at_a_time(sizes: list[int], min_examples: int, *, keep_empty: bool) -> l
     return now
 
 
-@given(
-    sizes=SIZES, min_examples=st.integers(1, 8), keep_empty=st.booleans(), seed=st.integers(0, 99)
-)
-@settings(
-    max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@given(sizes=SIZES, min_examples=st.integers(1, 8), keep_empty=st.booleans(), seed=st.integers(0, 99))
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_filling_ends_with_the_sizes_of_the_rule_and_moves_no_more_than_needed(
     sizes: list[int], min_examples: int, keep_empty: bool, seed: int
 ) -> None:
@@ -58,9 +54,7 @@ def test_filling_ends_with_the_sizes_of_the_rule_and_moves_no_more_than_needed(
 
 
 @given(sizes=SIZES, min_examples=st.integers(0, 8))
-@settings(
-    max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_the_rule_is_possible_exactly_when_there_are_enough_examples(
     sizes: list[int], min_examples: int
 ) -> None:
@@ -79,8 +73,6 @@ def test_a_filled_client_gets_the_skew_of_its_donor() -> None:
 
 
 def test_dropping_clients_keeps_the_rows_of_the_others() -> None:
-    index, offsets = without_clients(
-        np.array([5, 6, 7, 8, 9]), np.array([0, 2, 2, 3, 5]), np.array([0, 3])
-    )
+    index, offsets = without_clients(np.array([5, 6, 7, 8, 9]), np.array([0, 2, 2, 3, 5]), np.array([0, 3]))
     assert index.tolist() == [5, 6, 8, 9]
     assert offsets.tolist() == [0, 2, 4]

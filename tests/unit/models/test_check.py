@@ -94,9 +94,7 @@ def test_outputs_that_are_not_finite_before_training_are_refused(value: float) -
 
 
 def test_the_check_leaves_buffers_mode_and_random_numbers_alone() -> None:
-    model = nn.Sequential(
-        nn.BatchNorm2d(1), nn.Flatten(), nn.Dropout(0.5), nn.Linear(64, 3)
-    ).train()
+    model = nn.Sequential(nn.BatchNorm2d(1), nn.Flatten(), nn.Dropout(0.5), nn.Linear(64, 3)).train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     random = torch.get_rng_state()
     check_model(model, IMAGES, targets=CLASSES, task="classification", classes=3)

@@ -76,9 +76,7 @@ def test_ordinary_models_can_be_stacked(then: Callable[[Tensor, Tensor], Tensor]
     ],
     ids=["branch", "item", "nonzero", "tuple", "mixing"],
 )
-def test_models_that_cannot_be_stacked_say_why(
-    then: Callable[[Tensor, Tensor], Any], said: str
-) -> None:
+def test_models_that_cannot_be_stacked_say_why(then: Callable[[Tensor, Tensor], Any], said: str) -> None:
     verdict = stackable(Computes(then), INPUTS)
     assert not verdict.possible
     assert said in verdict.reason

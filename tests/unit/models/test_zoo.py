@@ -64,9 +64,7 @@ ZOO = [
 def made(case: Case, *, seed: int = 0) -> nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return make_model(
-            case.name, input_shape=case.input_shape, classes=case.classes, params=case.params
-        )
+        return make_model(case.name, input_shape=case.input_shape, classes=case.classes, params=case.params)
 
 
 def batch(case: Case, rows: int = 3) -> Tensor:

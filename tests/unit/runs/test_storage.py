@@ -10,7 +10,7 @@ import pytest
 
 from fedsim.errors import EnvironmentProblem
 from fedsim.runs.folder import RunFolder
-from fedsim.runs.storage import append_whole, write_atomically
+from fedsim.storage import append_whole, write_atomically
 
 posix = pytest.mark.skipif(os.name != "posix", reason="needs the limits of a POSIX system")
 
@@ -21,7 +21,7 @@ def limited(code: str, folder: Path, *, limit: int) -> str:
         import resource
         from pathlib import Path
         from fedsim.errors import EnvironmentProblem
-        from fedsim.runs import storage
+        from fedsim import storage
         folder = Path({str(folder)!r})
         def limit():
             resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))

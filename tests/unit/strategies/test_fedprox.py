@@ -68,7 +68,8 @@ def test_a_larger_mu_never_moves_a_client_further(seed: int, mus: tuple[float, f
     small, large = sorted(mus)
     # Rate 0.05: then η (A + μ) < 1, and each mode of the quadratic decays without overshooting.
     near, far = (
-        np.linalg.norm(run(federate(problem, fedprox(mu=mu), steps=6, lr=0.05), 1)[0]) for mu in (large, small)
+        np.linalg.norm(run(federate(problem, fedprox(mu=mu), steps=6, lr=0.05), 1)[0])
+        for mu in (large, small)
     )
     assert near <= far + 1e-12
 

@@ -26,7 +26,9 @@ def rows_of(*blocks: tuple[list[int], np.ndarray]) -> Rows:
     for ids, deltas in blocks:
         b, none = len(ids), np.zeros(len(ids), np.int64)
         vectors = {"delta": torch.from_numpy(deltas)}
-        rows.add(UpdateBlock(np.array(ids), none, none + 1, none + 1, none + 0.1, none + 0.0, vectors), np.ones(b))
+        rows.add(
+            UpdateBlock(np.array(ids), none, none + 1, none + 1, none + 0.1, none + 0.0, vectors), np.ones(b)
+        )
     return rows
 
 
@@ -44,7 +46,10 @@ def test_of_an_even_number_it_is_the_mean_of_the_middle_two(engine: str) -> None
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_it_follows_numpy_round_by_round(engine: str) -> None:
-    problem, cohorts = heterogeneous(sizes=[4, 1, 3, 2, 5, 2]), [[0, 1, 4], [2, 3, 5, 0], [1], [0, 1, 2, 3, 4, 5]]
+    problem, cohorts = (
+        heterogeneous(sizes=[4, 1, 3, 2, 5, 2]),
+        [[0, 1, 4], [2, 3, 5, 0], [1], [0, 1, 2, 3, 4, 5]],
+    )
     federation = federate(problem, median(server_lr=0.9), engine=engine, steps=4, cohorts=cohorts, block=2)
     x = np.zeros(4)
     for r, model in enumerate(run(federation, 8)):
@@ -57,7 +62,8 @@ def test_one_or_two_clients_are_uniform_fedavg() -> None:
     problem = heterogeneous(sizes=[4, 1, 3, 2, 5, 2])
     cohorts = [[0, 1], [4], [2, 5]]
     one, two = (
-        run(federate(problem, s, steps=4, cohorts=cohorts), 3) for s in (median(), fedavg(weighting="uniform"))
+        run(federate(problem, s, steps=4, cohorts=cohorts), 3)
+        for s in (median(), fedavg(weighting="uniform"))
     )
     np.testing.assert_allclose(one, two, atol=1e-14)
 

@@ -152,7 +152,9 @@ def test_momentum_divides_by_the_sum_of_the_coefficients_of_all_directions() -> 
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_controls_from_gradients_are_free_of_weight_decay_and_those_from_the_delta_are_not(engine: str) -> None:
+def test_controls_from_gradients_are_free_of_weight_decay_and_those_from_the_delta_are_not(
+    engine: str,
+) -> None:
     problem, x0 = heterogeneous(), np.full(4, 2.0)
     spec = LocalSpec(steps=1, batch_size=1, lr=0.1, weight_decay=0.5)
     clean, leaky = (

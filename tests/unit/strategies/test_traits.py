@@ -142,4 +142,3 @@ def test_those_without_hooks_train_by_plain_sgd_and_the_others_do_not(strategy: 
     plain = [PROBLEM.descend(i, x, steps=3, lr=0.1) - x for i in range(N)]
     distance = np.abs(reported - plain).max()
     assert distance > 1e-4 if strategy.traits.client_hooks else distance < 1e-12
-

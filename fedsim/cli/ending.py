@@ -1,0 +1,132 @@
+"""The block that ends every run, always the same, and the data of a run for programs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fedsim.cli.output import pairs
+from fedsim.runs import measures
+from fedsim.runs.folder import REPORT, RunFolder
+from fedsim.runs.numbers import in_bytes, in_time, short, some
+from fedsim.runs.troubles import counts, troubles
+
+Data = dict[str, Any]  # Any: JSON
+
+MOST_TROUBLES = 5
+OUTCOMES = {
+    "ok": "finished",
+    "target": "reached its target",
+    "early_stop": "stopped early, no longer improving",
+    "interrupted": "interrupted, can be resumed",
+    "running": "running",
+    "stopped": "stopped without an end, can be resumed",
+    "failed": "failed",
+}
+
+
+def run_data(folder: RunFolder) -> Data:
+    """``data`` of a run: path, outcome, rounds, final, best, seconds, cost, answers not counted."""
+    manifest, records = folder.manifest, folder.records()
+    ended = manifest.get("result") or {}
+    cost = measures.cost(records)
+    metric = measures.main_metric(manifest["facts"], records)
+    names = manifest["facts"].get("metrics") or [metric]
+    top = measures.best(records, metric)
+    final = {n: s.values[-1].item() for n in names if (s := measures.series(records, n))}
+    found = {"metric": metric, "value": top[1], "round": top[0]} if top else {}
+    return {
+        "path": str(folder.path),
+        "name": folder.name,
+        "outcome": folder.status(),
+        "rounds": ended.get("rounds", cost.rounds),
+        "final": ended.get("final") or final,
+        "best": ended.get("best") or found,
+        "seconds": ended.get("seconds", cost.seconds),
+        "failed_rounds": cost.failed,
+        "bytes_down": cost.bytes_down,
+        "bytes_up": cost.bytes_up,
+        "not_counted": counts(troubles(folder.path)),
+        "report": str(folder.path / REPORT) if (folder.path / REPORT).exists() else None,
+        "error": ended.get("error"),
+    }
+
+
+def end_block(
+    folder: RunFolder, data: Data, *, rounds: int, expected: Mapping[str, Any] | None = None
+) -> list[str]:
+    """The lines that end a run.
+
+    Args:
+        data: from `run_data`.
+        rounds: that were asked for.
+        expected: of the preset: metric, value, tolerance, round.
+    """
+    records = folder.records()
+    outcome = str(data["outcome"])
+    shown: dict[str, object] = {"outcome": f"{outcome}: {OUTCOMES[outcome]}" if outcome in OUTCOMES else outcome}
+    failed = data["failed_rounds"]
+    shown["rounds"] = f"{data['rounds']} of {rounds}, {failed} failed"
+    best = data["best"]
+    for name, value in data["final"].items():
+        found = measures.series(records, name)
+        at = f" (round {found.rounds[-1]:.0f})" if found else ""
+        top = ""
+        if best.get("metric") == name:
+            top = f", best {short(best['value'])} (round {best['round']})"
+        shown[name] = f"{short(value)}{at}{top}"
+    worst = _last(records, "client_accuracy_worst10")
+    if worst is not None:
+        mean, spread = _last(records, "client_accuracy_mean"), _last(records, "client_accuracy_std")
+        shown["over clients"] = f"mean {short(mean)}, worst tenth {short(worst)}, deviation {short(spread)}"
+    if expected:
+        shown["expected"] = _expected(expected, data["final"])
+    shown["not counted"] = _not_counted(folder)
+    shown["time"] = in_time(data["seconds"])
+    shown["bytes"] = f"{in_bytes(data['bytes_down'])} down, {in_bytes(data['bytes_up'])} up"
+    shown["folder"] = data["path"]
+    if data["report"] is not None:
+        shown["report"] = data["report"]
+    return [*pairs(shown), f"Next: {next_command(folder, outcome)}"]
+
+
+def next_command(folder: RunFolder, outcome: str) -> str:
+    """One sensible continuation."""
+    name = folder.path.name
+    if outcome in ("interrupted", "stopped"):
+        return f"fedsim resume {name}"
+    if outcome == "failed":
+        return f"fedsim show {name}, then fedsim resume {name} to try again"
+    return f"fedsim show {name}, or open its report in a browser"
+
+
+def _last(records: Sequence[Mapping[str, Any]], name: str) -> float | None:
+    found = measures.series(records, name)
+    return found.values[-1].item() if found else None
+
+
+def _expected(expected: Mapping[str, Any], final: Mapping[str, Any]) -> str:
+    metric, value = expected["metric"], expected["value"]
+    tolerance = expected.get("tolerance", 0.0)
+    text = f"{metric} {short(value)} ± {short(tolerance)} after {expected['round']} rounds"
+    got = final.get(metric)
+    if got is None:
+        return text
+    difference = abs(got - value)
+    return f"{text}: {'as expected' if difference <= tolerance else f'off by {short(difference)}'}"
+
+
+def _not_counted(folder: RunFolder) -> str:
+    """Refused, late and lost answers with reasons, the most frequent first."""
+    found = troubles(folder.path)
+    if not found:
+        return "none: every answer of every client counted"
+    told = ", ".join(f"{count:,} {verdict}" for verdict, count in counts(found).items())
+    rows = [
+        f"  client {t.client}: {t.verdict}" + (f", {t.reason}" if t.reason else "") + f", rounds {some(t.rounds)}"
+        for t in found[:MOST_TROUBLES]
+    ]
+    rest = len(found) - len(rows)
+    if rest > 0:
+        rows.append(f"  and {rest:,} more in clients.jsonl")
+    return "\n".join([told, *rows])
