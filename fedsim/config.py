@@ -31,9 +31,9 @@ from fedsim.config_merge import (
     read_preset,
 )
 from fedsim.config_sections import TABLES, Config, Values, keys_of
-from fedsim.errors import ConfigError
+from fedsim.errors import ConfigError, RegistryError
 from fedsim.local import LocalSpec
-from fedsim.schema import check, describe, expected, shown, unknown_key, validate
+from fedsim.schema import UNKNOWN, alternatives, check, describe, expected, shown, unknown_key, validate
 
 __all__ = [
     "Config",
@@ -205,6 +205,14 @@ def _located(
 
 def _check_engine(config: Config, sources: Mapping[str, str]) -> None:
     engine = config.engine
+    others = registry.names("engines")
+    if engine.name not in (*OWN_ENGINES, *others):
+        raise RegistryError(
+            f"no engine is called {engine.name!r}",
+            where=f"{sources.get('engine.name', 'default')}: [engine] name = {shown(engine.name)}",
+            why=f"known: {', '.join((*OWN_ENGINES, *others))}",
+            hint="use auto",
+        )
     if engine.name not in OWN_ENGINES:
         registry.load("engines", engine.name)
     elif engine.workers > 1:
@@ -226,7 +234,7 @@ def _validated(values: Values, sources: Mapping[str, str]) -> Config:
 def _refusal(error: ValidationError, values: Values, sources: Mapping[str, str]) -> ConfigError:
     """pydantic's first mistake with the table, the key, and where it was written."""
     found = error.errors(include_url=False, include_context=False)
-    first = next((e for e in found if e["type"] == "extra_forbidden"), found[0])
+    first = next((e for e in found if e["type"] in UNKNOWN), found[0])
     location = [str(part) for part in first["loc"]]
     path = ".".join(location[:2]) if ".".join(location[:2]) in TABLES else location[0]
     rest = location[len(path.split(".")) :]
@@ -247,7 +255,7 @@ def _refusal(error: ValidationError, values: Values, sources: Mapping[str, str])
         )
     dotted = f"{path}.{key}"
     where = f"{sources.get(dotted, 'default')}: [{path}]"
-    if first["type"] == "extra_forbidden":
+    if first["type"] in UNKNOWN:
         return unknown_key(key, keys_of(path), where=where)
     same = [
         e for e in found if [str(p) for p in e["loc"]][: len(path.split(".")) + 1] == [*path.split("."), key]
@@ -257,7 +265,7 @@ def _refusal(error: ValidationError, values: Values, sources: Mapping[str, str])
         f"the value of `{dotted}` does not fit",
         code="FS-CFG-005" if typed else "FS-CFG-006",
         where=f"{where} {key} = {shown(own.get(key))}",
-        why=" or ".join(dict.fromkeys(expected(e) for e in same)),
+        why=alternatives(same),
         hint=f"fedsim config explain {dotted}",
     )
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from fedsim import registry
 from fedsim.config import PLUGIN_TABLES
-from fedsim.config_sections import CLIENT_DEFAULTS, TABLES, Section
+from fedsim.config_sections import TABLES, Section
 from fedsim.errors import ConfigError, FedsimError
 from fedsim.local import LocalSpec
 from fedsim.schema import Parameter, describe, type_name
@@ -68,10 +68,7 @@ def _used_by(table: str) -> str:
 def _own_keys(table: str) -> list[Explanation]:
     section = TABLES[table]
     if issubclass(section, LocalSpec):
-        return [
-            _of(table, p._replace(default=CLIENT_DEFAULTS.get(p.name, p.default)), _used_by(table))
-            for p in describe(LocalSpec)
-        ]
+        return [_of(table, p, _used_by(table)) for p in describe(LocalSpec)]
     entries = []
     for name, info in section.model_fields.items():
         if f"{table}.{name}" in TABLES:

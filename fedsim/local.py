@@ -245,8 +245,8 @@ def run_local(
         x = x.clone()
     current = dict(buffers or {})
     like = next(iter(x.tensors.values()))
-    loss_sum, count = like.new_zeros(()), like.new_zeros(())
-    normaliser = like.new_zeros(())
+    counted = torch.promote_types(like.dtype, torch.float32)  # sums outgrow bfloat16
+    loss_sum, count, normaliser = (like.new_zeros((), dtype=counted) for _ in range(3))
     steps = 0
     for phase in algorithm.phases:
         phase_spec = phase.spec or spec

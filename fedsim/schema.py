@@ -27,6 +27,9 @@ Factory = Callable[..., Any]  # Any: each group's factories return that group's 
 Values = dict[str, Any]  # Any: whatever TOML holds
 M = TypeVar("M", bound=BaseModel)
 
+UNKNOWN = ("extra_forbidden", "unexpected_keyword_argument")
+"""pydantic's types of error for a key that is not there, in a model and in a dataclass."""
+
 _UNITS: Mapping[str, Callable[[str], float]] = {"_seconds": parse_seconds, "_bytes": parse_bytes}
 
 
@@ -155,7 +158,7 @@ def refusal(
         known: the keys that it may hold.
     """
     found = error.errors(include_url=False, include_context=False)
-    unknown = [e for e in found if e["type"] == "extra_forbidden"]
+    unknown = [e for e in found if e["type"] in UNKNOWN]
     first = (unknown or found)[0]
     key = str(first["loc"][0]) if first["loc"] else ""
     if unknown:
@@ -169,7 +172,7 @@ def refusal(
             hint=f"add {key} = … to that table",
         )
     same = [e for e in found if e["loc"] and str(e["loc"][0]) == key]
-    wanted = " or ".join(dict.fromkeys(expected(e) for e in same))
+    wanted = alternatives(same)
     return ConfigError(
         f"the value of `{key}` does not fit",
         code="FS-CFG-005",
@@ -217,6 +220,12 @@ def expected(error: Mapping[str, Any]) -> str:
     if kind == "value_error":
         return message.removeprefix("Value error, ")
     return message.replace("Input should be", "it must be")
+
+
+def alternatives(errors: Iterable[Mapping[str, Any]]) -> str:
+    """What would have fitted, where each alternative of a union has its own error."""
+    first, *others = dict.fromkeys(expected(e) for e in errors)
+    return " or ".join([first, *(text.removeprefix("expected ") for text in others)])
 
 
 def shown(value: object) -> str:

@@ -110,7 +110,7 @@ def by_examples(state: State, meta: Meta) -> tuple[Floats, Bools]:
 
 
 def uniformly(state: State, meta: Meta) -> tuple[Floats, Bools]:
-    """Weight 1 for every client that took a local step."""
+    """Weight 1; a client without examples is refused."""
     return np.ones(len(meta.ids)), meta.examples <= 0
 
 

@@ -46,7 +46,8 @@ def parse_bytes(text: str) -> int:
     unit = "" if match is None else match[2].replace("KB", "kB").replace("kiB", "KiB")
     if match is None or unit not in _BYTES:
         raise ValueError(f"a size is a number of bytes or a text such as '500MB', '2GiB', got {text!r}")
-    return round(float(match[1]) * _BYTES[unit])
+    size: int = round(float(match[1]) * _BYTES[unit])
+    return size
 
 
 def _seconds(value: object) -> object:

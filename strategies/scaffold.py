@@ -135,8 +135,9 @@ def _gathering(grad_fn: GradFn, terms: Terms, refresh: Refresh) -> LocalAlgorith
 
     def start(msg: Message, lent: Any, client_state: Any) -> tuple[Vector, Gathered]:
         x: Vector = msg.x
-        zero = next(iter(x.tensors.values())).new_zeros(())
-        return x, Gathered(x.zeros_like(), zero)
+        # Not in the dtype of x: bfloat16 counts to 256.
+        none = next(iter(x.tensors.values())).new_zeros((), dtype=torch.float32)
+        return x, Gathered(x.zeros_like(), none)
 
     def step(
         msg: Message, lent: Any, client_state: Any, x: Vector, carry: Gathered, batch: Batch

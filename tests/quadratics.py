@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from fedsim.buffers import no_buffers
 from fedsim.data.dataset import Split, make_dataset
@@ -217,24 +218,27 @@ def run(federation: Federation, rounds: int) -> Array:
     return np.array(models)
 
 
-def client_held(federation: Federation, *, leaf: int = 0) -> Array:
-    """[N, d] the states that the clients hold; zero for those that never took part."""
+def client_held(federation: Federation) -> Array:
+    """[N, d] the first vector of the state that each client holds; zero where there is none."""
     engine = federation.engine
     assert isinstance(engine, SimulatedEngine)
-    return _rows(engine.store, f"{leaf:03d}", federation)
+    message = federation.strategy.broadcast(federation.state.strategy)
+    algorithm = engine.algorithm(federation.spec)
+    out = np.zeros((federation.population, len(federation.model)))
+    for client in range(federation.population):
+        state = engine.state_of(np.array([client]), message, algorithm)
+        for leaf in pytree.tree_leaves(state)[:1]:
+            out[client] = leaf.double().numpy()
+    return out
 
 
 def server_held(federation: Federation, name: str) -> Array:
     """[N, d] what the server holds for each client; zero for those that never took part."""
-    return _rows(federation.rows, name, federation)
-
-
-def _rows(store: RowStore, name: str, federation: Federation) -> Array:
+    rows = federation.rows
     out = np.zeros((federation.population, len(federation.model)))
-    known = np.flatnonzero(store.has(np.arange(federation.population)))
+    known = np.flatnonzero(rows.has(np.arange(federation.population))).astype(np.int64)
     if len(known):
-        rows: Tensor = store.read(known.astype(np.int64))[name]
-        out[known] = rows.double().numpy()
+        out[known] = rows.read(known)[name].double().numpy()
     return out
 
 

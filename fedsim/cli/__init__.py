@@ -15,7 +15,7 @@ import typer
 
 from fedsim.cli import config, data, demo, plugins, run, runs
 from fedsim.cli.output import fail, internal, out_of_memory
-from fedsim.cli.settings import Command, Group, Settings, peek
+from fedsim.cli.settings import Command, Group, peek
 from fedsim.errors import ConfigError, EnvironmentProblem, FedsimError, Interrupted
 
 _REFUSED = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}

@@ -22,7 +22,9 @@ Sets = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="TABLE.KEY=VALUE", help="Replace one value; may be repeated."),
 ]
-Preset = Annotated[str | None, typer.Option(help="Start from a published setting; see docs/configuration.md.")]
+Preset = Annotated[
+    str | None, typer.Option(help="Start from a published setting; see docs/configuration.md.")
+]
 Run = Annotated[str, typer.Argument(metavar="RUN", help="Folder, name or beginning of a name of a run.")]
 
 

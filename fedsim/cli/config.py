@@ -43,7 +43,9 @@ def show(
 
 
 @app.command("validate", cls=Command)
-def validate(context: typer.Context, config: ConfigFile = None, sets: Sets = None, preset: Preset = None) -> None:
+def validate(
+    context: typer.Context, config: ConfigFile = None, sets: Sets = None, preset: Preset = None
+) -> None:
     """Check a configuration without loading data; fedsim run --dry-run checks those too."""
     from fedsim.config import digest
 
@@ -82,11 +84,10 @@ def presets(context: typer.Context) -> None:
         text = preset_text(name)
         expected = parse(text, where=f"preset {name}").get("expected", {})
         title = text.partition("\n")[0].lstrip("# ")
-        reached = (
-            f"{expected['metric']} {expected['value']} ± {expected['tolerance']} after {expected['round']} rounds"
-            if expected
-            else "–"
-        )
+        reached = "–"
+        if expected:
+            reached = f"{expected['metric']} {expected['value']} ± {expected['tolerance']}"
+            reached += f" after {expected['round']} rounds"
         rows.append([name, title, reached])
         data[name] = {"title": title, "expected": expected}
     output.result(settings, data, output.columns(["preset", "what it is", "expected"], rows))
@@ -133,4 +134,3 @@ def explain_code(
     every = pages()
     lines = as_markdown().splitlines() if markdown else output.pairs({p.code: p.title for p in every})
     output.result(settings, {"codes": [p._asdict() for p in every]}, lines)
-

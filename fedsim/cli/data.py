@@ -37,7 +37,9 @@ def ls(context: typer.Context) -> None:
 @app.command("show", cls=Command)
 def show(
     context: typer.Context,
-    name: Annotated[str | None, typer.Argument(help="Data set; that of the configuration without one.")] = None,
+    name: Annotated[
+        str | None, typer.Argument(help="Data set; that of the configuration without one.")
+    ] = None,
     config: Annotated[Path | None, typer.Option("--config", help="Configuration file.")] = None,
     preset: Preset = None,
     sets: Sets = None,

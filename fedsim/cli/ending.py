@@ -64,7 +64,9 @@ def end_block(
     """
     records = folder.records()
     outcome = str(data["outcome"])
-    shown: dict[str, object] = {"outcome": f"{outcome}: {OUTCOMES[outcome]}" if outcome in OUTCOMES else outcome}
+    shown: dict[str, object] = {
+        "outcome": f"{outcome}: {OUTCOMES[outcome]}" if outcome in OUTCOMES else outcome
+    }
     failed = data["failed_rounds"]
     shown["rounds"] = f"{data['rounds']} of {rounds}, {failed} failed"
     best = data["best"]
@@ -123,7 +125,9 @@ def _not_counted(folder: RunFolder) -> str:
         return "none: every answer of every client counted"
     told = ", ".join(f"{count:,} {verdict}" for verdict, count in counts(found).items())
     rows = [
-        f"  client {t.client}: {t.verdict}" + (f", {t.reason}" if t.reason else "") + f", rounds {some(t.rounds)}"
+        f"  client {t.client}: {t.verdict}"
+        + (f", {t.reason}" if t.reason else "")
+        + f", rounds {some(t.rounds)}"
         for t in found[:MOST_TROUBLES]
     ]
     rest = len(found) - len(rows)

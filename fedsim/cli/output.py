@@ -79,13 +79,17 @@ def plain(value: Any) -> Any:
     return value.item() if hasattr(value, "item") else value
 
 
-def columns(header: Sequence[str], rows: Sequence[Sequence[object]], *, right: Sequence[int] = ()) -> list[str]:
+def columns(
+    header: Sequence[str], rows: Sequence[Sequence[object]], *, right: Sequence[int] = ()
+) -> list[str]:
     """A table as aligned lines, never cut; `right` are the columns of numbers."""
     texts = [[str(cell) for cell in row] for row in [header, *rows]]
     widths = [max(len(row[i]) for row in texts) for i in range(len(header))]
 
     def line(row: Sequence[str]) -> str:
-        cells = (c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
+        cells = (
+            c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))
+        )
         return "  ".join(cells).rstrip()
 
     return [line(texts[0]), "  ".join("-" * w for w in widths), *(line(row) for row in texts[1:])]

@@ -74,7 +74,12 @@ def show(
     lines += [*text.partition("\nArgs:")[0].rstrip().splitlines(), ""]
     lines += [f"[{table or 'engine'}] {entry} = {shown(name)}, and:"]
     rows = [
-        [p.name, p.type, "required" if p.required else "none" if p.default is None else shown(p.default), p.doc]
+        [
+            p.name,
+            p.type,
+            "required" if p.required else "none" if p.default is None else shown(p.default),
+            p.doc,
+        ]
         for p in parameters
     ]
     lines += output.columns(["parameter", "type", "default", "meaning"], rows) if rows else ["no parameters"]
@@ -140,7 +145,9 @@ def _traits(factory: Any) -> dict[str, object]:
     return {
         "runs_under": " and ".join(sorted(t.modes)) + " schedulers",
         "engines": engines + ("; opaque training functions too" if not t.client_hooks else ""),
-        "reduction": "sums, one block in memory" if t.reduction == "linear" else "all updates of a round in memory",
+        "reduction": "sums, one block in memory"
+        if t.reduction == "linear"
+        else "all updates of a round in memory",
         "vectors_down": t.down_factor,
         "vectors_up": t.up_factor,
         "server_keeps": f"{t.server_vectors} vectors, {t.server_vectors_per_client} per client",

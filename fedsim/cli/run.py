@@ -85,9 +85,7 @@ def start(
     # Nothing is written before everything that the configuration says has been understood.
     progress = progress_of(sim.config, sim.evaluator.names)
     target_of(sim.config)
-    name = sim.config.run.name or "-".join(
-        filter(None, (sim.strategy_name, sim.data.dataset.name, baseline))
-    )
+    name = sim.config.run.name or "-".join(filter(None, (sim.strategy_name, sim.data.dataset.name, baseline)))
     folder = RunFolder.create(
         settings.runs,
         name,
@@ -266,7 +264,13 @@ def tune(
         table = {"extends": os.path.relpath(loaded.file, path.parent), **table}
     write_atomically(path, tomli_w.dumps(table).encode())
     rows = [
-        [m.engine, m.block, m.threads, m.refused or f"{m.median:.3f}", "" if m.refused else f"{m.least:.3f} – {m.most:.3f}"]
+        [
+            m.engine,
+            m.block,
+            m.threads,
+            m.refused or f"{m.median:.3f}",
+            "" if m.refused else f"{m.least:.3f} – {m.most:.3f}",
+        ]
         for m in found
     ]
     lines = output.columns(["engine", "block", "threads", "s/round", "range"], rows, right=(1, 2))

@@ -75,7 +75,11 @@ def show(context: typer.Context, run: Run) -> None:
     kept = [n for n in dict.fromkeys(names) if any(n in record for record in last)]
     rows = [[short(record.get(n)) for n in kept] for record in last]
     numbers = [i for i, n in enumerate(kept) if n != "outcome"]
-    lines = [*output.pairs(head), "", *output.columns([n.replace("_", " ") for n in kept], rows, right=numbers)]
+    lines = [
+        *output.pairs(head),
+        "",
+        *output.columns([n.replace("_", " ") for n in kept], rows, right=numbers),
+    ]
     lines += ["", *end_block(folder, data, rounds=config.run.rounds)]
     output.result(settings, {**data, "facts": manifest["facts"], "started": manifest["started"]}, lines)
 
@@ -138,7 +142,9 @@ def verify(
         "differences": [d._asdict() for d in differences],
     }
     told = [f"{name}: {what}" for name, what in changed.items()]
-    told += [f"round {d.round}, {d.key}: {d.recorded} then, {d.repeated} now" for d in differences[:LAST_ROUNDS]]
+    told += [
+        f"round {d.round}, {d.key}: {d.recorded} then, {d.repeated} now" for d in differences[:LAST_ROUNDS]
+    ]
     if told:
         settings.result = data
         raise RunFailed(
@@ -149,7 +155,10 @@ def verify(
             hint="other versions or another machine may change last digits: compare manifest.json; "
             "a changed file was edited after the run",
         )
-    lines = [f"{data['files']} files are as the manifest says", f"{repeated} rounds came out again, digit for digit"]
+    lines = [
+        f"{data['files']} files are as the manifest says",
+        f"{repeated} rounds came out again, digit for digit",
+    ]
     output.result(settings, data, lines)
 
 
@@ -158,7 +167,9 @@ def export(
     run: Run,
     to: Annotated[Literal["torch", "onnx", "numpy"], typer.Option(help="Form of the model.")],
     checkpoint: Annotated[str, typer.Option(help="final, best or round-00010.")] = "final",
-    out: Annotated[Path | None, typer.Option(help="Folder for the files; exports in the run's folder.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the files; exports in the run's folder.")
+    ] = None,
 ) -> None:
     """Write a run's model for PyTorch, ONNX or NumPy."""
     from fedsim.runs.export import export as exported

@@ -75,28 +75,24 @@ def settings_of(context: click.Context) -> Settings:
     return settings
 
 
-class CommonOption(TyperOption):
-    """An option whose help is shown as it is written."""
-
-    def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
-        record = super().get_help_record(ctx)
-        if record is None:
-            return None
-        # typer escapes brackets for rich, which does not print this help, and shows the range of a count.
-        return record[0], record[1].replace("\\[", "[").replace("  [x>=0]", "")
-
-
 def options() -> list[click.Parameter]:
     """The common options, new for each command."""
 
-    def option(*names: str, text: str, callback: Any, **more: Any) -> CommonOption:
-        return CommonOption(
+    def option(*names: str, text: str, callback: Any, **more: Any) -> TyperOption:
+        return TyperOption(
             param_decls=list(names), help=text, callback=callback, expose_value=False, is_eager=True, **more
         )
 
     return [
         option("-q", "--quiet", text="Only the result.", callback=_verbosity(-1), count=True, default=0),
-        option("-v", "--verbose", text="More on stderr; -vv for all.", callback=_verbosity(1), count=True, default=0),
+        option(
+            "-v",
+            "--verbose",
+            text="More on stderr; -vv for all.",
+            callback=_verbosity(1),
+            count=True,
+            default=0,
+        ),
         option(
             "--format",
             text="Form of the output; json puts exactly one document on stdout.",
@@ -113,8 +109,12 @@ def options() -> list[click.Parameter]:
             show_envvar=True,
             callback=_sets("runs"),
         ),
-        option("color", "--no-color", text="No colours (as NO_COLOR).", callback=_negated("color"), is_flag=True),
-        option("progress", "--no-progress", text="No live view.", callback=_negated("progress"), is_flag=True),
+        option(
+            "color", "--no-color", text="No colours (as NO_COLOR).", callback=_negated("color"), is_flag=True
+        ),
+        option(
+            "progress", "--no-progress", text="No live view.", callback=_negated("progress"), is_flag=True
+        ),
         option("--traceback", text="Show where an error arose.", callback=_sets("traceback"), is_flag=True),
     ]
 
@@ -127,11 +127,20 @@ def _negated(name: str) -> Callable[[click.Context, click.Parameter, bool], None
     return store
 
 
+def _as_written(formatter: click.HelpFormatter) -> None:
+    """typer escapes brackets for rich, which does not print this help, and shows the range of a count."""
+    formatter.buffer = [piece.replace("\\[", "[").replace("  [x>=0]", "") for piece in formatter.buffer]
+
+
 class Command(TyperCommand):
     """A command with the common options."""
 
     def __init__(self, *arguments: Any, params: list[click.Parameter] | None = None, **more: Any) -> None:
         super().__init__(*arguments, params=[*(params or []), *options()], **more)
+
+    def format_help(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        super().format_help(ctx, formatter)
+        _as_written(formatter)
 
 
 class Group(TyperGroup):
@@ -139,3 +148,7 @@ class Group(TyperGroup):
 
     def __init__(self, *arguments: Any, params: list[click.Parameter] | None = None, **more: Any) -> None:
         super().__init__(*arguments, params=[*(params or []), *options()], **more)
+
+    def format_help(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        super().format_help(ctx, formatter)
+        _as_written(formatter)

@@ -137,7 +137,9 @@ class PlainView:
         began = self._spoke
         while not self._ended.wait(1.0):
             if time.monotonic() - self._spoke >= SILENCE_SECONDS:
-                self._say(f"round {self._done + 1}/{self._rounds}  working, {in_time(time.monotonic() - began)}")
+                self._say(
+                    f"round {self._done + 1}/{self._rounds}  working, {in_time(time.monotonic() - began)}"
+                )
 
 
 class LiveView:
@@ -157,9 +159,7 @@ class LiveView:
         self._bytes = {"bytes_up": 0, "bytes_down": 0}
         self._failed = self._refused = 0
         self._stopping = False
-        self._live = Live(
-            get_renderable=self._render, console=console, refresh_per_second=5, transient=True
-        )
+        self._live = Live(get_renderable=self._render, console=console, refresh_per_second=5, transient=True)
 
     def __enter__(self) -> LiveView:
         self._live.__enter__()

@@ -26,7 +26,7 @@ from fedsim.schedulers import Scheduler
 from fedsim.schema import build
 from fedsim.simulation.devices import DeviceModel, instant
 from fedsim.strategy import Strategy
-from fedsim.types import Population
+from fedsim.types import GradFn, Population
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
@@ -233,12 +233,14 @@ def population_of(data: FederatedData) -> Population:
     return Population(data.clients, data.sizes, np.zeros(data.clients, np.int64))
 
 
-def check_local(config: Config, strategy: Strategy, *, opaque: bool) -> None:
+def check_local(config: Config, strategy: Strategy, grad_fn: GradFn, *, opaque: bool) -> None:
     """What a strategy asks of local training.
 
     Raises:
-        ConfigError: an optimiser without a normaliser, or an opaque client.
+        ConfigError: an optimiser without a normaliser, an opaque client, or what the strategy itself
+            refuses when it makes its client half.
     """
+    strategy.local(grad_fn, config.client)
     if strategy.traits.needs_normaliser and config.client.optimizer != "sgd":
         raise ConfigError(
             f"the strategy {config.strategy.name!r} divides by the sum of local step lengths, which "

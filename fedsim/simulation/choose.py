@@ -79,23 +79,22 @@ def choose(
         return Choice("loop", 1, "an opaque training function runs one client at a time")
     if asked == "loop":
         return Choice("loop", 1, "asked for")
-    sizes = place.clients.data.sizes
-    blocker = why_not_stacked(place, spec, sizes)
-    size = block or block_size(place, spec, cohort, sizes)
-    if asked == "stacked":
-        if blocker is not None:
-            raise _refused(blocker)
-        return Choice("stacked", size, "asked for")
-    if blocker is not None:
-        return Choice("loop", 1, blocker)
     gpu = place.clients.device.type == "cuda"
     limit = STACKED_PARAMETER_BYTES_GPU if gpu else STACKED_PARAMETER_BYTES
     parameters = place.spec.size * place.spec.dtype.itemsize
-    if parameters > limit:
-        return Choice("loop", 1, f"{parameters} bytes of parameters, stacking pays up to {limit}")
-    if cohort == 1:
+    sizes_rule = f"{parameters} bytes of parameters, stacking pays up to {limit}"
+    if asked == "auto" and parameters > limit:
+        return Choice("loop", 1, sizes_rule)
+    if asked == "auto" and cohort == 1:
         return Choice("loop", 1, "one client a round")
-    return Choice("stacked", size, f"{parameters} bytes of parameters, stacking pays up to {limit}")
+    sizes = place.clients.data.sizes
+    blocker = why_not_stacked(place, spec, sizes)
+    if blocker is not None and asked == "stacked":
+        raise _refused(blocker)
+    if blocker is not None:
+        return Choice("loop", 1, blocker)
+    size = block or block_size(place, spec, cohort, sizes)
+    return Choice("stacked", size, sizes_rule if asked == "auto" else "asked for")
 
 
 def _refused(why: str) -> ModelError:

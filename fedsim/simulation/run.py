@@ -11,7 +11,7 @@ import resource
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from fedsim.errors import RunFailed
 from fedsim.evaluation import Evaluator
 from fedsim.federation import Federation, Outcome, RunState
 from fedsim.flat import buffer_specs, flat_buffers, flat_of, spec_of
-from fedsim.grads import LOSSES, model_grad
+from fedsim.grads import LOSSES, eager_grad, model_grad
 from fedsim.local import LocalAlgorithm, LocalSpec
 from fedsim.opaque_client import OpaqueClient
 from fedsim.personal import personalise
@@ -116,7 +116,6 @@ class Simulation:
         torch.set_num_threads(self.config.engine.threads)
         self.data: FederatedData = build.build_data(self.config, _given(data, (Dataset, FederatedData)))
         self.strategy = build.build_strategy(self.config, _given(strategy, (Strategy,)))
-        build.check_local(self.config, self.strategy, opaque=opaque is not None)
         self.scheduler, self.cohort = build.build_scheduler(self.config, self.data.clients, self.strategy)
         self.module: nn.Module = build.build_model(
             self.config, self.data, None if isinstance(model, str) else model
@@ -126,6 +125,7 @@ class Simulation:
         gradient: GradFn = model_grad(self.module, LOSSES[self.data.dataset.task])
         if grad_fn is not None:
             gradient = grad_fn(gradient)
+        build.check_local(self.config, self.strategy, gradient, opaque=opaque is not None)
         torch_device = build.torch_device(self.config)
         clients = ClientData(
             self.data,
@@ -148,6 +148,9 @@ class Simulation:
             block=self.config.engine.block,
             opaque=opaque is not None,
         )
+        if choice.name == "loop" and grad_fn is None:
+            eager = eager_grad(self.module, LOSSES[self.data.dataset.task])
+            self.place = replace(self.place, grad_fn=eager)
         self.engine_reason = choice.reason
         self.config = config_from(self.config, {"engine": {"name": choice.name, "block": choice.block}})
         self.states = RowStore(self.data.clients, _below(state_folder, "clients"))

@@ -74,7 +74,7 @@ class StackedTrainer:
             return algorithm.init(msg, lent_row, state_row)
 
         x, carry = pytree.tree_map(_own, vmap(start, in_dims=(0, 0, 0))(each, lent, state))
-        like = next(iter(x.tensors.values()))
+        counted = torch.promote_types(place.spec.dtype, torch.float32)  # sums outgrow bfloat16
         stack = _Stack(
             lent,
             state,
@@ -85,7 +85,8 @@ class StackedTrainer:
                 name: b.unsqueeze(0).expand(clients, *b.shape).clone()
                 for name, b in buffer_dict(place, buffers).items()
             },
-            *like.new_zeros(4, clients),
+            *torch.zeros(3, clients, dtype=counted, device=device),
+            torch.zeros(clients, dtype=torch.int64, device=device),
         )
         for phase in algorithm.phases:
             spec = phase.spec or task.spec
@@ -115,7 +116,7 @@ class StackedTrainer:
             },
             flatten_buffers(place.floating, stack.buffers, stacked=True),
             flatten_buffers(place.integers, stack.buffers, stacked=True),
-            stack.taken.cpu().numpy().astype(np.int64),
+            stack.taken.cpu().numpy(),
         )
 
     def _run_phase(

@@ -52,3 +52,13 @@ def chosen(name: str, parameters: dict[str, Any]) -> Strategy | None:
         return None
     assert isinstance(strategy, Strategy)
     return strategy
+
+
+def placed(name: str, state_at: str | None) -> Strategy:
+    """The strategy as registered, or with its client states held elsewhere; skips where it has no choice."""
+    if state_at is None:
+        return registered(name)
+    strategy = chosen(name, {"state_at": state_at}) if {"state_at": state_at} in choices(name) else None
+    if strategy is None:
+        pytest.skip(f"{name!r} does not choose where client states are held")
+    return strategy

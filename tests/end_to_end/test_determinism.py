@@ -40,7 +40,7 @@ plots = false
 
 def fedsim(*words: str, cwd: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "fedsim.cli", *words],
+        [sys.executable, "-m", "fedsim", *words],
         cwd=cwd,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

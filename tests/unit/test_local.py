@@ -368,3 +368,14 @@ def test_training_changes_neither_the_message_nor_the_clients_old_state() -> Non
     assert outcome.steps == 8
     assert torch.equal(flat, small.federation.model)
     assert spec.flatten(outcome.result.vectors["delta"]).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_sums_over_many_steps_do_not_stall_in_low_precision(engine: str, dtype: torch.dtype) -> None:
+    spec = LocalSpec(steps=400, batch_size=1, lr=0.125)
+    small = build(fedavg(), engine=engine, dtype=dtype, spec=spec, data=random_data(sizes=(2, 3)))
+    for _, _, steps, normaliser, metrics in answers(small).values():
+        assert steps == 400
+        assert normaliser == pytest.approx(50.0, rel=1e-6)
+        assert np.isfinite(metrics["loss"])

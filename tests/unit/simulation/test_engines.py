@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import replace
 from typing import Any
 
@@ -197,21 +196,12 @@ def test_engines_agree_when_some_devices_drop_out_or_are_late() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("sizes", "batch_size", "mode", "clip_norm", "optimizer"),
-    [
-        (sizes, *rest)
-        for sizes, *rest in itertools.product(
-            [(1, 1, 1), (5, 5, 5), SIZES, (17, 2)],
-            [0, 1, 4, 100],
-            [{"epochs": 1}, {"epochs": 3}, {"steps": 1}, {"steps": 7}],
-            [None, 0.1],
-            ["sgd", "adam", "adamw"],
-        )
-    ],
-)
+@pytest.mark.parametrize(("optimizer", "clip_norm"), [("sgd", None), ("adam", 0.1)])
+@pytest.mark.parametrize("mode", [{"epochs": 1}, {"epochs": 3}, {"steps": 1}, {"steps": 7}], ids=str)
+@pytest.mark.parametrize("batch_size", [0, 1, 4, 100])
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (5, 5, 5), SIZES, (17, 2)], ids=str)
 def test_engines_agree_for_every_shape_of_local_training(
-    sizes: tuple[int, ...], batch_size: int, mode: dict[str, int], clip_norm: float | None, optimizer: Any
+    sizes: tuple[int, ...], batch_size: int, mode: dict[str, int], optimizer: Any, clip_norm: float | None
 ) -> None:
     spec = LocalSpec(
         batch_size=batch_size,
