@@ -23,15 +23,15 @@ Tree = Any  # a pytree of tensors, arrays, numbers, strings and None
 
 
 def save_tree(tree: Tree) -> tuple[dict[str, Tensor], str]:
-    """The tensors of a pytree by position, and a JSON text of its other leaves."""
+    """The tensors of a pytree by position, copied, and a JSON text of its other leaves."""
     tensors: dict[str, Tensor] = {}
     plain: dict[str, Any] = {}
     for position, leaf in enumerate(pytree.tree_leaves(tree)):
         name = f"{position:05d}"
         if isinstance(leaf, Tensor):
-            tensors[name] = leaf.detach().cpu().contiguous()
+            tensors[name] = leaf.detach().cpu().contiguous().clone()
         elif isinstance(leaf, np.ndarray):
-            tensors[name] = torch.from_numpy(np.ascontiguousarray(leaf))
+            tensors[name] = torch.from_numpy(np.ascontiguousarray(leaf)).clone()
         elif leaf is None or isinstance(leaf, bool | int | float | str):
             plain[name] = leaf
         elif isinstance(leaf, np.integer | np.floating):

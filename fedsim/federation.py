@@ -192,13 +192,13 @@ class Federation:
                 elif isinstance(command, CloseWindow):
                     close = True
             if close:
-                window, refused = self._fold_received(window, collected)
-                # Before the deadline, those still working can make up for the refused.
-                reopen = bool(refused) and not self._satisfied(window)
+                window, troubles = self._fold_received(window, collected)
+                # Before the deadline, those still working can make up for the refused and failed.
+                reopen = bool(troubles) and not self._satisfied(window)
                 reopen &= not isinstance(event, Timer | Drained)
                 if not reopen or not window.count(Status.IN_FLIGHT):
                     return self._conclude(window, collected)
-                pending.extend(refused)
+                pending.extend(troubles)
             event = pending.pop(0) if pending else self.engine.next_event()
             window, _ = rounds.on_event(window, event)
 
@@ -246,16 +246,18 @@ class Federation:
         self._message = message
         return rounds.dispatched(window, ids, state.version)
 
-    def _fold_received(self, window: WindowState, collected: Collected) -> tuple[WindowState, list[Refused]]:
-        """Fold what was received and not yet folded; returns what had to be refused."""
+    def _fold_received(
+        self, window: WindowState, collected: Collected
+    ) -> tuple[WindowState, list[Refused | Failed]]:
+        """Fold what was received and not yet folded; returns who was refused and who failed."""
         received = window.having(Status.RECEIVED)
         if self.scheduler.mode == "async":
             received = window.received_in_order
         if collected.done:
             received = received[~np.isin(received, np.concatenate(collected.done))]
-        refused: list[Refused] = []
+        troubles: list[Refused | Failed] = []
         if not len(received):
-            return window, refused
+            return window, troubles
         collected.done.append(received)
         for answer in self.engine.collect(received):
             if isinstance(answer, Failed):
@@ -266,11 +268,12 @@ class Federation:
                     status=np.where(np.isin(window.ids, answer.ids), np.int8(Status.LOST), window.status),
                     reasons=(*window.reasons, *((int(i), answer.reason) for i in answer.ids)),
                 )
+                troubles.append(answer)
                 continue
             for event in self._fold(answer, collected):
-                refused.append(event)
+                troubles.append(event)
                 window, _ = rounds.on_event(window, event)
-        return window, refused
+        return window, troubles
 
     def _fold(self, block: UpdateBlock, collected: Collected) -> list[Refused]:
         """Check, weigh and fold one block."""

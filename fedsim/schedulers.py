@@ -74,7 +74,11 @@ class Scheduler(NamedTuple):
 def sync(
     *, cohort: int, quorum: int = 1, deadline: float | None = None, overcommit: float = 1.0
 ) -> Scheduler:
-    """Rounds: a cohort is asked, and the round closes when `cohort` have answered.
+    """Rounds: a cohort is asked, and the round closes when all of it has answered.
+
+    With `overcommit` more are asked, and the round closes as soon as `cohort` have answered (those that
+    answer at the same moment all count). Without it everybody who was drawn is waited for, also where
+    a sampler draws more than `cohort`: dropping the slowest of a Poisson draw would bias it.
 
     Args:
         cohort: answers wanted.
@@ -110,9 +114,8 @@ def sync(
             return commands if len(ids) else [CloseWindow()]
         if isinstance(event, Timer | Drained):
             return [CloseWindow()]
-        if isinstance(event, Arrived | Failed | Left | Refused) and (
-            view.received >= cohort or view.in_flight == 0
-        ):
+        enough = overcommit > 1.0 and view.received >= cohort
+        if isinstance(event, Arrived | Failed | Left | Refused) and (enough or view.in_flight == 0):
             return [CloseWindow()]
         return []
 

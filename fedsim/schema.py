@@ -185,7 +185,8 @@ def refusal(
 def unknown_key(key: str, known: Iterable[str], *, where: str) -> ConfigError:
     """``unknown key `alhpa` in [data.partition], did you mean `alpha`?``"""
     keys = list(known)
-    near = difflib.get_close_matches(key, keys, n=1)
+    # One wrong letter of two is half of the name.
+    near = difflib.get_close_matches(key, keys, n=1, cutoff=0.5 if len(key) <= 3 else 0.6)
     asked = f", did you mean `{near[0]}`?" if near else ""
     table = re.search(r"\[[\w.]+\]", where)
     return ConfigError(

@@ -9,15 +9,17 @@ import errno
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import click
 import typer
 
 from fedsim.cli import config, data, demo, plugins, run, runs
 from fedsim.cli.output import fail, internal, out_of_memory
-from fedsim.cli.settings import Command, Group, peek
+from fedsim.cli.settings import Command, Group, Settings, peek
 from fedsim.errors import ConfigError, EnvironmentProblem, FedsimError, Interrupted
 
+STOPPED = 130
 _REFUSED = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
 
 
@@ -86,14 +88,7 @@ def call(arguments: Sequence[str]) -> int:
     except click.ClickException as error:
         return fail(settings, _usage(error))
     except (KeyboardInterrupt, click.Abort):
-        stopped = Interrupted(
-            "stopped at once",
-            code="FS-INT-002",
-            why="what was committed before stays",
-            hint="a run goes on from its last checkpoint with fedsim resume RUN",
-        )
-        fail(settings, stopped)
-        return 130
+        return _stopped(settings)
     except BrokenPipeError:
         # Whoever read our output has seen enough, as `head` does.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -108,7 +103,22 @@ def call(arguments: Sequence[str]) -> int:
         if type(error).__name__ == "OutOfMemoryError":
             return fail(settings, out_of_memory(error))
         return internal(settings, error)
+    if code == STOPPED:  # typer answers Ctrl-C by this code and without a word
+        return _stopped(settings)
     return code if isinstance(code, int) else 0
+
+
+def _stopped(settings: Settings) -> int:
+    path = settings.result.get("path")
+    error = Interrupted(
+        "stopped at once",
+        code="FS-INT-002",
+        where=path,
+        why="what was committed before stays",
+        hint=f"go on from the last checkpoint with fedsim resume {Path(path).name}" if path else None,
+    )
+    fail(settings, error, exit_code=STOPPED)
+    return STOPPED
 
 
 def _usage(error: click.ClickException) -> ConfigError:

@@ -21,7 +21,6 @@ OUTCOMES = {
     "interrupted": "interrupted, can be resumed",
     "running": "running",
     "stopped": "stopped without an end, can be resumed",
-    "failed": "failed",
 }
 
 
@@ -43,6 +42,7 @@ def run_data(folder: RunFolder) -> Data:
         "final": ended.get("final") or final,
         "best": ended.get("best") or found,
         "seconds": ended.get("seconds", cost.seconds),
+        "over_clients": _over_clients(records),
         "failed_rounds": cost.failed,
         "bytes_down": cost.bytes_down,
         "bytes_up": cost.bytes_up,
@@ -64,9 +64,8 @@ def end_block(
     """
     records = folder.records()
     outcome = str(data["outcome"])
-    shown: dict[str, object] = {
-        "outcome": f"{outcome}: {OUTCOMES[outcome]}" if outcome in OUTCOMES else outcome
-    }
+    words = (data["error"] or {}).get("what") if outcome == "failed" else OUTCOMES.get(outcome)
+    shown: dict[str, object] = {"outcome": f"{outcome}: {words}" if words else outcome}
     failed = data["failed_rounds"]
     shown["rounds"] = f"{data['rounds']} of {rounds}, {failed} failed"
     best = data["best"]
@@ -77,10 +76,12 @@ def end_block(
         if best.get("metric") == name:
             top = f", best {short(best['value'])} (round {best['round']})"
         shown[name] = f"{short(value)}{at}{top}"
-    worst = _last(records, "client_accuracy_worst10")
-    if worst is not None:
-        mean, spread = _last(records, "client_accuracy_mean"), _last(records, "client_accuracy_std")
-        shown["over clients"] = f"mean {short(mean)}, worst tenth {short(worst)}, deviation {short(spread)}"
+    spread = data["over_clients"]
+    if spread:
+        shown["over clients"] = (
+            f"accuracy mean {short(spread['mean'])}, worst tenth {short(spread['worst10'])}, "
+            f"deviation {short(spread['std'])}"
+        )
     if expected:
         shown["expected"] = _expected(expected, data["final"])
     shown["not counted"] = _not_counted(folder)
@@ -102,9 +103,10 @@ def next_command(folder: RunFolder, outcome: str) -> str:
     return f"fedsim show {name}, or open its report in a browser"
 
 
-def _last(records: Sequence[Mapping[str, Any]], name: str) -> float | None:
-    found = measures.series(records, name)
-    return found.values[-1].item() if found else None
+def _over_clients(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """The last evaluation of the clients: mean, worst tenth and deviation of accuracy; {} before any."""
+    found = {name: measures.series(records, f"client_accuracy_{name}") for name in ("mean", "worst10", "std")}
+    return {name: series.values[-1].item() for name, series in found.items() if series}
 
 
 def _expected(expected: Mapping[str, Any], final: Mapping[str, Any]) -> str:
@@ -127,7 +129,7 @@ def _not_counted(folder: RunFolder) -> str:
     rows = [
         f"  client {t.client}: {t.verdict}"
         + (f", {t.reason}" if t.reason else "")
-        + f", rounds {some(t.rounds)}"
+        + f", rounds {some(sorted(set(t.rounds)))}"
         for t in found[:MOST_TROUBLES]
     ]
     rest = len(found) - len(rows)

@@ -101,16 +101,17 @@ def pairs(entries: Mapping[str, object]) -> list[str]:
     return [f"{name.ljust(width)}  {value}" for name, value in entries.items()]
 
 
-def fail(settings: Settings, error: FedsimError) -> int:
-    """Print an error in its one form and return the exit code of its class."""
+def fail(settings: Settings, error: FedsimError, *, exit_code: int | None = None) -> int:
+    """Print an error in its one form and return the exit code, that of its class where none is given."""
+    code = error.exit_code if exit_code is None else exit_code
     if settings.traceback:
         traceback.print_exception(error)
     if settings.format != "text":
         fields = {name: getattr(error, name) for name in ("code", "what", "where", "why", "hint")}
-        document(settings, "error", settings.result | fields | {"exit_code": error.exit_code})
+        document(settings, "error", settings.result | fields | {"exit_code": code})
     print(_coloured(settings, str(error)), file=sys.stderr)
     print(f"  more: fedsim explain {error.code}", file=sys.stderr)
-    return error.exit_code
+    return code
 
 
 def internal(settings: Settings, error: BaseException) -> int:
@@ -127,8 +128,7 @@ def internal(settings: Settings, error: BaseException) -> int:
     if settings.traceback or log is None:
         print(text, file=sys.stderr, end="")
     settings.traceback = False
-    fail(settings, bug)
-    return INTERNAL_EXIT
+    return fail(settings, bug, exit_code=INTERNAL_EXIT)
 
 
 def _bug_log(text: str) -> str | None:

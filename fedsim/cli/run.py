@@ -149,6 +149,7 @@ def carry_on(
         f"{folder.path.name}: {facts['clients']:,} clients, {facts['train_examples']:,} examples, "
         f"{facts['model_parameters']:,} parameters, engine {facts['engine']} ({facts['engine_reason']})",
     )
+    settings.result = {"path": str(folder.path)}  # what an error from here on is about
     view = view_for(settings, folder.name, rounds=rounds, metric=sim.evaluator.names[0])
     with log_to_stderr(settings), view, stop_on_signal(view.stopping) as stop:
         outcome = execute(sim, folder, on_record=view.record, stop=stop, progress=progress)

@@ -86,7 +86,7 @@ def show(context: typer.Context, run: Run) -> None:
 
 def compare(
     context: typer.Context,
-    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Runs; seeds of one setting are one.")],
+    names: Annotated[list[str], typer.Argument(metavar="RUN...", help="Runs; seeds of one setting are one.")],
     metric: Annotated[str | None, typer.Option(help="Compare by this metric.")] = None,
     out: Annotated[Path | None, typer.Option(help="Also draw: SVG, PNG and CSV of this name.")] = None,
 ) -> None:
@@ -96,7 +96,7 @@ def compare(
     from fedsim.runs.folder import RunFolder
 
     settings = settings_of(context)
-    found = compared([RunFolder.open(settings.runs, run) for run in runs], metric=metric)
+    found = compared([RunFolder.open(settings.runs, name) for name in names], metric=metric)
     header, rows = found.table()
     files = [] if out is None else save_comparison(found, out)
     lines = output.columns(header, rows, right=range(1, len(header)))
@@ -133,6 +133,9 @@ def verify(
     folder = RunFolder.open(settings.runs, run)
     changed = folder.changed_files()
     differences = repeat(folder, rounds=rounds) if rounds else []
+    if len(folder.manifest["sessions"]) > 1:
+        # A run that was extended evaluated its clients at what was then its last round.
+        differences = [d for d in differences if d.repeated is not None or not d.key.startswith("client_")]
     repeated = min(rounds, max((int(r["round"]) for r in folder.records()), default=0))
     data = {
         "path": str(folder.path),

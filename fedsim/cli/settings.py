@@ -43,10 +43,11 @@ class Settings:
 def peek(arguments: Sequence[str]) -> Settings:
     """The options that matter to an error in the command line itself, where reading it fails."""
     settings = Settings(traceback="--traceback" in arguments, color="--no-color" not in arguments)
-    for word, following in zip(arguments, [*arguments[1:], ""], strict=True):
-        chosen = word.removeprefix("--format=") if word.startswith("--format=") else following
-        if word.split("=")[0] == "--format" and chosen in FORMATS:
-            settings.format = chosen
+    for place, word in enumerate(arguments):
+        name, equals, chosen = word.partition("=")
+        if name == "--format":
+            chosen = chosen if equals else "".join(arguments[place + 1 : place + 2])
+            settings.format = chosen if chosen in FORMATS else settings.format
     return settings
 
 

@@ -26,7 +26,7 @@ def batches_per_epoch(sizes: Ids, spec: LocalSpec) -> Ids:
 
 
 def step_counts(sizes: Ids, spec: LocalSpec, limit: Ids | None = None) -> Ids:
-    """[b] local steps: `steps`, or `epochs` passes; at most `limit`."""
+    """[b] local steps: `steps`, or `epochs` passes; `limit` where it is given."""
     per_epoch = batches_per_epoch(sizes, spec)
     if spec.steps is not None:
         counts = np.where(sizes > 0, np.int64(spec.steps), np.int64(0))
@@ -35,11 +35,14 @@ def step_counts(sizes: Ids, spec: LocalSpec, limit: Ids | None = None) -> Ids:
     return counts if limit is None else np.where(sizes > 0, limit, 0)
 
 
-def batch_positions(seed: int, round_index: int, ids: Ids, sizes: Ids, spec: LocalSpec, steps: Ids) -> Ids:
+def batch_positions(
+    seed: int, round_index: int, ids: Ids, sizes: Ids, spec: LocalSpec, steps: Ids, *, phase: int = 0
+) -> Ids:
     """[b, S, B] positions among each client's own examples, -1 where there is no row.
 
     Args:
         ids, sizes, steps: [b] clients, their numbers of examples, their local steps.
+        phase: number of the algorithm's phase; each shuffles anew.
     """
     clients = len(ids)
     width = int(batch_rows(sizes, spec).max(initial=0))
@@ -51,7 +54,7 @@ def batch_positions(seed: int, round_index: int, ids: Ids, sizes: Ids, spec: Loc
     most = int(sizes.max())
     # Each pass has counters of its own, so that a draw does not depend on who else is in the block.
     words = np.stack(
-        [bits(seed, Purpose.BATCH, round_index, ids, most, start=e << 32) for e in range(epochs)], axis=1
+        [bits(seed, Purpose.BATCH, round_index, ids, most, start=(phase << 56) + (e << 32)) for e in range(epochs)], axis=1
     )
     absent = np.arange(most) >= sizes[:, None, None]
     words = np.where(absent, np.uint64(0xFFFFFFFFFFFFFFFF), words)

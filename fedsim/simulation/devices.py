@@ -61,7 +61,7 @@ def lognormal(
             instead of taking longer (FedProx's systems heterogeneity).
         seed: of the devices.
     """
-    if step_seconds < 0 or spread < 0 or start_seconds < 0 or slowdown < 1:
+    if not (step_seconds >= 0 and spread >= 0 and start_seconds >= 0 and slowdown >= 1):
         raise ValueError("step_seconds, spread and start_seconds must be at least 0 and slowdown at least 1")
     if not 0.0 <= dropout < 1.0 or not 0.0 <= stragglers <= 1.0:
         raise ValueError("dropout must lie in [0, 1) and stragglers in [0, 1]")

@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 
 from fedsim.buffers import Buffers
 from fedsim.keys import Purpose, torch_seed
-from fedsim.local import LocalAlgorithm, run_local
+from fedsim.local import LocalAlgorithm, Phase, run_local
 from fedsim.simulation.clients import Schedule
 from fedsim.simulation.trainer import (
     Trained,
@@ -53,7 +53,9 @@ class LoopTrainer:
             client_message(task.message, place.spec),
             lent,
             state,
-            lambda phase, spec: Schedule(place.clients, task, ids, phase, spec, steps),
+            lambda phase, spec: Schedule(
+                place.clients, task, ids, algorithm.phases, _number(algorithm, phase), spec, steps
+            ),
             spec=task.spec,
             buffers=buffer_dict(place, buffers),
             optimizer_state=optimizer_state or None,
@@ -76,3 +78,7 @@ class LoopTrainer:
             flatten_buffers(place.integers, outcome.buffers, stacked=False),
             np.array([outcome.steps], np.int64),
         )
+
+
+def _number(algorithm: LocalAlgorithm, phase: Phase) -> int:
+    return next(i for i, candidate in enumerate(algorithm.phases) if candidate is phase)

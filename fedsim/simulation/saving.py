@@ -30,7 +30,7 @@ def save_run(sim: Simulation, path: Path, progress: dict[str, Any]) -> None:
         EnvironmentProblem: the disk is full or the folder cannot be written.
     """
     leaves, plain = save_tree(sim.federation.state)
-    tensors: dict[str, Tensor] = {f"run.{name}": t.clone() for name, t in leaves.items()}
+    tensors: dict[str, Tensor] = {f"run.{name}": t for name, t in leaves.items()}
     metadata = {"format": FORMAT, "run": plain, "progress": json.dumps(progress)}
     for name, store in _stores(sim):
         for part, values in store.index().items():

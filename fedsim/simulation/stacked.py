@@ -88,12 +88,13 @@ class StackedTrainer:
             *torch.zeros(3, clients, dtype=counted, device=device),
             torch.zeros(clients, dtype=torch.int64, device=device),
         )
-        for phase in algorithm.phases:
+        for number, phase in enumerate(algorithm.phases):
             spec = phase.spec or task.spec
-            counts = Schedule(place.clients, task, ids, phase, spec, steps).steps
+            counts = Schedule(place.clients, task, ids, algorithm.phases, number, spec, steps).steps
             # Those still working must be a prefix; another phase may ask for another order.
             order = np.argsort(-counts, kind="stable")
-            schedule = Schedule(place.clients, task, ids[order], phase, spec, steps[order])
+            ordered = ids[order]
+            schedule = Schedule(place.clients, task, ordered, algorithm.phases, number, spec, steps[order])
             stack = _permuted(stack, order)
             stack = self._run_phase(phase, spec, msg, schedule, stack)
             if not algorithm.keeps_optimizer:

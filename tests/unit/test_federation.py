@@ -6,125 +6,21 @@ devices matter.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedsim.buffers import no_buffers
-from fedsim.engine import Arrived, Drained, Event, Failed, Left, Timer
+from fedsim.engine import Arrived, Failed, Left
 from fedsim.errors import AllRefused, QuorumNotReached
-from fedsim.federation import Federation, RunState
-from fedsim.flat import ParamSpec
-from fedsim.local import LocalSpec
-from fedsim.rows import RowStore
-from fedsim.schedulers import sync
 from fedsim.simulation.devices import instant, lognormal
 from fedsim.strategies.fedavg import fedavg
 from fedsim.transform import Observed
-from fedsim.types import Ids, Population, Task, UpdateBlock
+from fedsim.types import Ids
 from tests.federations import SIZES, build, nobody
-
-N = 6
-
-
-def answer(ids: list[int], *, version: int = 0, delta: float | None = None, loss: bool = True) -> UpdateBlock:
-    count = len(ids)
-    rows = torch.tensor([[float(i + 1) if delta is None else delta] * 2 for i in ids], dtype=torch.float64)
-    return UpdateBlock(
-        np.array(ids, np.int64),
-        np.full(count, version, np.int64),
-        np.full(count, 10, np.int64),
-        np.ones(count, np.int64),
-        np.ones(count),
-        np.zeros(count),
-        {"delta": rows},
-        metrics={"loss": np.ones(count)} if loss else {},
-    )
-
-
-class Scripted:
-    """An engine that emits given events at given times.
-
-    Args:
-        damaged: clients that send NaN.
-        broken: clients whose training raises.
-    """
-
-    def __init__(
-        self,
-        events: list[tuple[float, Event]],
-        *,
-        damaged: tuple[int, ...] = (),
-        broken: tuple[int, ...] = (),
-    ) -> None:
-        self.script = sorted(events, key=lambda pair: pair[0])
-        self.damaged, self.broken = damaged, broken
-        self.now = 0.0
-        self.tasks: list[Task] = []
-        self.committed: list[list[int]] = []
-        self.cancelled = 0
-        self.collected: list[int] = []
-
-    def submit(self, task: Task) -> None:
-        self.tasks.append(task)
-
-    def set_timer(self, name: str, at: float) -> None:
-        self.script = sorted([*self.script, (at, Timer(name))], key=lambda pair: pair[0])
-
-    def next_event(self) -> Event:
-        if not self.script:
-            return Drained()
-        self.now, event = self.script.pop(0)
-        return event
-
-    def collect(self, ids: Ids) -> Iterator[UpdateBlock | Failed]:
-        for client in ids.tolist():
-            self.collected.append(client)
-            if client in self.broken:
-                yield Failed(np.array([client]), "training raised")
-            else:
-                yield answer([client], delta=float("nan") if client in self.damaged else None)
-
-    def commit(self, ids: Ids) -> None:
-        self.committed.append(ids.tolist())
-
-    def cancel(self) -> None:
-        self.cancelled += 1
-
-    def close(self) -> None:
-        self.cancel()
-
-
-def federation(
-    engine: Scripted, *, cohort: int = N, asked: int | None = None, **parameters: Any
-) -> Federation:
-    strategy = fedavg(weighting="uniform")
-    spec = ParamSpec(("w",), ((2,),), torch.float64)
-    state = strategy.init(torch.zeros(2, dtype=torch.float64), spec, Population(N))
-    return Federation(
-        strategy,
-        engine,
-        sync(cohort=cohort, **parameters),
-        sample=lambda window, attempt, count: np.arange(min(count, N) if asked is None else asked),
-        spec=LocalSpec(),
-        state=RunState(0, 0, 0.0, 0, state, no_buffers(), ()),
-        rows=RowStore(N),
-        population=N,
-    )
-
-
-def arrive(*ids: int, version: int = 0) -> Arrived:
-    return Arrived(np.array(ids, np.int64), np.full(len(ids), version, np.int64))
-
-
-def mean_of(*ids: int) -> torch.Tensor:
-    return torch.full((2,), float(np.mean([i + 1 for i in ids])), dtype=torch.float64)
-
+from tests.scripted import N, Scripted, arrive, federation, mean_of
 
 IDS = st.lists(st.integers(0, N + 2), min_size=1, max_size=4)
 SCRIPT = st.lists(
@@ -311,105 +207,11 @@ def test_a_retry_draws_another_cohort_and_skipping_lets_the_round_pass() -> None
     assert fed.state.version == 0
 
 
-def test_a_client_whose_training_raised_is_lost_and_named() -> None:
-    engine = Scripted([(1.0, arrive(*range(6)))], broken=(2,))
-    fed = federation(engine)
-    outcome = fed.run_window()
-    assert (outcome.record["received"], outcome.record["lost"]) == (5, 1)
-    assert (2, "training raised") in outcome.reasons
-    columns = outcome.clients.columns
-    row = columns["client"].index(2)
-    assert (columns["verdict"][row], columns["reason"][row]) == ("lost", "training raised")
-
-
 def test_a_client_that_leaves_while_working_is_lost() -> None:
     engine = Scripted([(1.0, arrive(0, 1, 2, 3)), (2.0, Left(np.array([4, 5])))])
     outcome = federation(engine).run_window()
     assert outcome.record["lost"] == 2
     assert outcome.record["late"] == 0
-
-
-def test_every_row_of_the_client_log_has_its_own_reason() -> None:
-    # Refused first, accepted later, lost at the end: three shapes of row.
-    engine = Scripted(
-        [(1.0, arrive(0, 1, 2, 3)), (2.0, Failed(np.array([4, 5]), "the device dropped out"))],
-        damaged=(0,),
-        broken=(2,),
-    )
-    outcome = federation(engine).run_window()
-    columns = outcome.clients.columns
-    assert {len(column) for column in columns.values()} == {6}
-    rows = {
-        client: (verdict, reason)
-        for client, verdict, reason in zip(
-            columns["client"], columns["verdict"], columns["reason"], strict=True
-        )
-    }
-    assert rows == {
-        0: ("refused", "the update is not finite"),
-        1: ("accepted", None),
-        2: ("lost", "training raised"),
-        3: ("accepted", None),
-        4: ("lost", "the device dropped out"),
-        5: ("lost", "the device dropped out"),
-    }
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_one_value_that_is_not_finite_refuses_the_whole_update(value: float) -> None:
-    def damaged(ids: Ids) -> Iterator[UpdateBlock]:
-        block = answer(ids.tolist())
-        block.vectors["delta"][1, 0] = value
-        yield block
-
-    engine = Scripted([(1.0, arrive(*range(6)))])
-    engine.collect = damaged  # type: ignore[assignment, method-assign]
-    fed = federation(engine)
-    assert fed.run_window().record["refused"] == 1
-    torch.testing.assert_close(fed.model, mean_of(0, 2, 3, 4, 5))
-
-
-def test_a_large_but_finite_update_is_no_refusal() -> None:
-    def large(ids: Ids) -> Iterator[UpdateBlock]:
-        block = answer(ids.tolist())
-        yield UpdateBlock(
-            block.ids, block.base_version, block.examples, block.local_steps, block.normaliser,
-            block.train_seconds, {"delta": torch.full((6, 2), 3e38, dtype=torch.float32)},
-        )  # fmt: skip
-
-    engine = Scripted([(1.0, arrive(*range(6)))])
-    engine.collect = large  # type: ignore[assignment, method-assign]
-    outcome = federation(engine).run_window()
-    assert outcome.record["refused"] == 0
-
-
-def test_scalars_that_are_not_finite_refuse_the_update_too() -> None:
-    def with_scalar(ids: Ids) -> Iterator[UpdateBlock]:
-        for client in ids.tolist():
-            block = answer([client])
-            value = torch.tensor([float("nan") if client == 3 else 1.0], dtype=torch.float64)
-            yield UpdateBlock(
-                block.ids, block.base_version, block.examples, block.local_steps, block.normaliser,
-                block.train_seconds, block.vectors, {"tau": value},
-            )  # fmt: skip
-
-    engine = Scripted([(1.0, arrive(*range(6)))])
-    engine.collect = with_scalar  # type: ignore[assignment, method-assign]
-    outcome = federation(engine).run_window()
-    assert [client for client, _ in outcome.reasons] == [3]
-
-
-def test_a_weight_that_is_not_finite_refuses_the_update() -> None:
-    engine = Scripted([(1.0, arrive(*range(6)))])
-    fed = federation(engine)
-
-    def weigh(state: Any, meta: Any) -> Any:
-        return np.where(meta.ids == 4, np.nan, 1.0), meta.ids == 5
-
-    fed.strategy = fed.strategy._replace(weigh=weigh)
-    outcome = fed.run_window()
-    assert dict(outcome.reasons) == {4: "the update has no weight", 5: "the update has no weight"}
-    torch.testing.assert_close(fed.model, mean_of(0, 1, 2, 3))
 
 
 def test_what_a_strategy_learns_of_a_window_is_what_happened() -> None:

@@ -180,7 +180,7 @@ def test_what_the_attacker_differentiates_is_what_the_engine_computed() -> None:
             (),
             (),
             lambda phase, s, ids=ids, task=task, steps=steps: Schedule(
-                small.place.clients, task, ids, phase, s, steps
+                small.place.clients, task, ids, [phase], 0, s, steps
             ),
             spec=spec,
             differentiable=True,

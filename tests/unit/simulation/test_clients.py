@@ -27,7 +27,7 @@ def clients_of(data: FederatedData, dtype: torch.dtype = torch.float64) -> Clien
 def schedule(clients: ClientData, ids: np.ndarray, spec: LocalSpec = SPEC, *, full: bool = False) -> Schedule:
     phase = Phase(lambda *_: None, data="full" if full else "batches")  # type: ignore[arg-type, return-value]
     task = Task(EVERYONE, 0, 2, 0, Message({}), lambda some: (), spec)
-    return Schedule(clients, task, ids, phase, spec, clients.steps(task, ids))
+    return Schedule(clients, task, ids, [phase], 0, spec, clients.steps(task, ids))
 
 
 def keyed_noise() -> Transforms:
