@@ -116,3 +116,22 @@ class Evaluator:
                 parts.append(self.judge(train.inputs[rows], train.targets[rows]))
             examples = joined(parts)
         return {"client": ids.astype(np.float64), **by_client(examples, place, len(ids))}
+
+
+def clients_due(when: str, round_index: int, *, last: bool) -> bool:
+    """Whether ``[evaluation] clients`` asks for an evaluation after this round."""
+    if when == "never":
+        return False
+    if when == "final":
+        return last
+    return last or round_index % int(when.removeprefix("every ")) == 0
+
+
+def fairness(accuracy: Floats) -> dict[str, float]:
+    """Mean, worst tenth and spread over clients."""
+    worst = np.sort(accuracy)[: max(1, len(accuracy) // 10)]
+    return {
+        "client_accuracy_mean": float(accuracy.mean()),
+        "client_accuracy_worst10": float(worst.mean()),
+        "client_accuracy_std": float(accuracy.std()),
+    }

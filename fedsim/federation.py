@@ -7,15 +7,15 @@ a data set or a network.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from fedsim import rounds
 from fedsim.buffers import BufferFold, Buffers
+from fedsim.collected import NO_WEIGHT, NOT_FINITE, ClientLog, Collected, update_norms
 from fedsim.engine import Drained, Engine, Failed, Opened, Refused, Timer
 from fedsim.errors import AllRefused, QuorumNotReached, RunFailed
 from fedsim.local import LocalSpec
@@ -25,13 +25,9 @@ from fedsim.rows import RowStore
 from fedsim.schedulers import CloseWindow, Dispatch, Scheduler, SetTimer, View
 from fedsim.strategy import Strategy
 from fedsim.transform import Observed, Observer, UpdateTransform
-from fedsim.types import Bools, Floats, Ids, Meta, Task, UpdateBlock, WindowInfo
+from fedsim.types import Ids, Meta, Task, UpdateBlock, WindowInfo
 
 Sample = Callable[[int, int, int], Ids]  # (round, attempt, count) -> ids, ascending
-
-
-NOT_FINITE = "the update is not finite"
-NO_WEIGHT = "the update has no weight"
 
 
 class RunState(NamedTuple):
@@ -54,65 +50,6 @@ class RunState(NamedTuple):
     strategy: Any
     buffers: Buffers
     transform: Any
-
-
-@dataclass(slots=True)
-class ClientLog:
-    """What happened to each client of a window, for ``clients.jsonl``; filled block by block."""
-
-    parts: list[dict[str, list[Any]]] = field(default_factory=list)  # Any: columns differ in type
-
-    def add(
-        self,
-        block: UpdateBlock,
-        verdicts: Sequence[str],
-        reasons: Sequence[str | None],
-        norms: Floats,
-        bytes_up: int,
-    ) -> None:
-        part: dict[str, list[Any]] = {
-            "client": block.ids.tolist(),
-            "verdict": list(verdicts),
-            "examples": block.examples.tolist(),
-            "steps": block.local_steps.tolist(),
-            "norm": norms.tolist(),
-            "seconds": block.train_seconds.tolist(),
-            "bytes_up": [bytes_up] * len(block),
-            **{name: values.tolist() for name, values in block.metrics.items()},
-        }
-        if any(reasons):
-            part["reason"] = list(reasons)
-        self.parts.append(part)
-
-    def add_missing(self, client: int, verdict: str, reason: str) -> None:
-        self.parts.append({"client": [client], "verdict": [verdict], "reason": [reason]})
-
-    @property
-    def clients(self) -> set[int]:
-        return {client for part in self.parts for client in part["client"]}
-
-    @property
-    def columns(self) -> dict[str, list[Any]]:
-        """Equally long columns, None where a client has no such value."""
-        names = dict.fromkeys(name for part in self.parts for name in part)
-        return {
-            name: [v for part in self.parts for v in part.get(name, [None] * len(part["client"]))]
-            for name in names
-        }
-
-
-@dataclass(slots=True)
-class Collected:
-    """What has been folded of the open window."""
-
-    reduced: Sums | Rows
-    buffers: BufferFold
-    clients: ClientLog
-    done: list[Ids] = field(default_factory=list)
-    kept: list[Ids] = field(default_factory=list)
-    bytes_up: int = 0
-    loss: float = 0.0
-    loss_weight: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -281,7 +218,7 @@ class Federation:
         bytes_up += 8 * len(block.scalars) + self.state.buffers.bytes
         if self.transform is not None:
             block = replace(block, vectors=self.transform.decode(block.vectors))
-        norms, finite = _norms(block)
+        norms, finite = update_norms(block)
         weights, unwanted = self.strategy.weigh(self.state.strategy, self._meta(block))
         bad_weight = ~np.isfinite(weights)
         keep = finite & ~unwanted & ~bad_weight
@@ -439,23 +376,3 @@ class Federation:
     def skip_window(self) -> None:
         """After a failed window: let the round pass, the model stays."""
         self.state = self.state._replace(round_index=self.state.round_index + 1, failures=0)
-
-
-def _norms(block: UpdateBlock) -> tuple[Floats, Bools]:
-    """[b] L2 norm of all that a client reported as "delta" (or of the first vector), and finiteness."""
-    finite = np.ones(len(block), bool)
-    norms = np.zeros(len(block))
-    for position, rows in enumerate(block.vectors.values()):
-        norm = torch.linalg.vector_norm(rows, dim=1)
-        if not bool(torch.isfinite(norm).all()):
-            # A norm may overflow where no entry does: look at the entries.
-            entries = torch.isfinite(rows).all(dim=1)
-            finite &= entries.cpu().numpy()
-            norm = torch.where(entries, torch.linalg.vector_norm(rows.double(), dim=1).to(norm.dtype), norm)
-        if position == 0:
-            norms = norm.double().cpu().numpy()
-    for values in block.scalars.values():
-        finite &= torch.isfinite(values).cpu().numpy()
-    if block.buffers is not None:
-        finite &= torch.isfinite(block.buffers).all(dim=1).cpu().numpy()
-    return norms, finite

@@ -54,7 +54,11 @@ def batch_positions(
     most = int(sizes.max())
     # Each pass has counters of its own, so that a draw does not depend on who else is in the block.
     words = np.stack(
-        [bits(seed, Purpose.BATCH, round_index, ids, most, start=(phase << 56) + (e << 32)) for e in range(epochs)], axis=1
+        [
+            bits(seed, Purpose.BATCH, round_index, ids, most, start=(phase << 56) + (e << 32))
+            for e in range(epochs)
+        ],
+        axis=1,
     )
     absent = np.arange(most) >= sizes[:, None, None]
     words = np.where(absent, np.uint64(0xFFFFFFFFFFFFFFFF), words)

@@ -37,9 +37,7 @@ def flower(*, method: str, options: Mapping[str, Any] | None = None) -> Scheme:
     build, accepted = _class_of(method)
     unknown = [key for key in given if key not in accepted]
     if unknown:
-        raise _refused(
-            f"{method} takes no option {unknown[0]!r}", f"it takes: {', '.join(accepted)}"
-        )
+        raise _refused(f"{method} takes no option {unknown[0]!r}", f"it takes: {', '.join(accepted)}")
 
     def divide(
         labels: Ints, owners: Ints | None, clients: int, rng: np.random.Generator

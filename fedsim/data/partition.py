@@ -126,9 +126,7 @@ def make_partition(
         min_examples=min_examples,
         rng=_stream(seed, _Stream.HOLD_OUT),
     )
-    names = (
-        tuple(dataset.owner_names[c] for c in division.clients) if _named(dataset, scheme) else ()
-    )
+    names = tuple(dataset.owner_names[c] for c in division.clients) if _named(dataset, scheme) else ()
     data = FederatedData(
         dataset=dataset,
         index=parts.index,
@@ -162,9 +160,7 @@ def _describe(name: str, params: Mapping[str, Any], seed: int) -> str:
     return f"{name}({inside}), seed {seed}"
 
 
-def _scheme(
-    partitioner: str | Divide, params: Mapping[str, Any]
-) -> tuple[Scheme, Mapping[str, Any]]:
+def _scheme(partitioner: str | Divide, params: Mapping[str, Any]) -> tuple[Scheme, Mapping[str, Any]]:
     """The partitioner with its parameters, and all of these, defaults included."""
     if isinstance(partitioner, str):
         factory = load("partitioners", partitioner)
@@ -183,9 +179,7 @@ def _scheme(
     return built if isinstance(built, Scheme) else Scheme(built), params
 
 
-def _bad_parameters(
-    name: str, params: Mapping[str, Any], accepted: list[str], why: str
-) -> ConfigError:
+def _bad_parameters(name: str, params: Mapping[str, Any], accepted: list[str], why: str) -> ConfigError:
     unknown = [key for key in params if key not in accepted]
     near = [match for key in unknown for match in difflib.get_close_matches(key, accepted, n=1)]
     return ConfigError(
@@ -193,9 +187,7 @@ def _bad_parameters(
         code="FS-DAT-043",
         where="data.partition",
         why=why,
-        hint=f"did you mean {near[0]!r}?"
-        if near
-        else f"it takes: {', '.join(accepted) or 'no parameters'}",
+        hint=f"did you mean {near[0]!r}?" if near else f"it takes: {', '.join(accepted) or 'no parameters'}",
     )
 
 

@@ -132,9 +132,7 @@ def dirichlet_client(*, alpha: float) -> Divide:
     return divide
 
 
-def _draw_classes(
-    logs: Floats, clients: Ints, available: np.ndarray, rng: np.random.Generator
-) -> Ints:
+def _draw_classes(logs: Floats, clients: Ints, available: np.ndarray, rng: np.random.Generator) -> Ints:
     """[m] one class for each entry of `clients`, from its mix restricted to available classes."""
     asking, row = np.unique(clients, return_inverse=True)
     open_classes = np.flatnonzero(available)
@@ -199,9 +197,7 @@ def pathological(*, classes_per_client: int = 2) -> Divide:
             )
         holders = _deal(classes.count, clients, each, rng)
         assignment = np.empty(len(labels), dtype=np.int64)
-        for k, (start, stop) in enumerate(
-            zip(classes.starts[:-1], classes.starts[1:], strict=True)
-        ):
+        for k, (start, stop) in enumerate(zip(classes.starts[:-1], classes.starts[1:], strict=True)):
             sharing = rng.permutation(np.flatnonzero((holders == k).any(axis=1)))
             counts = even_sizes(int(stop - start), len(sharing))
             assignment[classes.order[start:stop]] = np.repeat(sharing, counts)

@@ -36,9 +36,7 @@ class PartitionPicture(NamedTuple):
     csv: Path
 
 
-def draw_partition(
-    data: FederatedData, folder: Path, *, name: str = "partition"
-) -> PartitionPicture:
+def draw_partition(data: FederatedData, folder: Path, *, name: str = "partition") -> PartitionPicture:
     """Draw the label histogram per client and write it with its numbers.
 
     The same data give the same bytes with the same matplotlib.
@@ -76,9 +74,7 @@ def label_counts(data: FederatedData) -> tuple[Ints, tuple[str, ...]]:
         targets = dataset.train.targets.numpy()
         edges = np.quantile(targets, np.linspace(0.0, 1.0, _QUANTILES + 1))
         labels = np.searchsorted(edges[1:-1], targets, side="right").astype(np.int64)
-        between = tuple(
-            f"{low:.3g} … {high:.3g}" for low, high in zip(edges[:-1], edges[1:], strict=True)
-        )
+        between = tuple(f"{low:.3g} … {high:.3g}" for low, high in zip(edges[:-1], edges[1:], strict=True))
         histogram = data.label_histogram(labels)
         missing = _QUANTILES - histogram.shape[1]  # quantiles coincide when many targets are equal
         return np.pad(histogram, ((0, 0), (0, missing))), between
@@ -110,9 +106,7 @@ def _figure(data: FederatedData, histogram: Ints, classes: tuple[str, ...]) -> F
     else:
         height = min(9.0, max(3.6, 1.9 + 0.11 * len(classes)))
         figure = Figure(figsize=(9.0, height), layout="constrained")
-        above, below = figure.subplots(
-            2, 1, sharex=True, gridspec_kw={"height_ratios": [1.1, height - 1.6]}
-        )
+        above, below = figure.subplots(2, 1, sharex=True, gridspec_kw={"height_ratios": [1.1, height - 1.6]})
         _heat_map(figure, above, below, histogram, classes)
         axes = above
     axes.set_title(_title(data), fontsize=9, loc="left")
@@ -134,9 +128,7 @@ def _bars(axes: Axes, data: FederatedData, histogram: Ints, classes: tuple[str, 
     position = np.arange(len(histogram))
     bottom = np.zeros(len(histogram))
     for k, label in enumerate(classes):
-        axes.bar(
-            position, histogram[:, k], bottom=bottom, color=colours(k), width=0.85, label=label
-        )
+        axes.bar(position, histogram[:, k], bottom=bottom, color=colours(k), width=0.85, label=label)
         bottom += histogram[:, k]
     axes.set_xlim(-0.6, len(histogram) - 0.4)
     axes.set_ylabel("training examples")
@@ -159,9 +151,7 @@ def _bars(axes: Axes, data: FederatedData, histogram: Ints, classes: tuple[str, 
     )
 
 
-def _heat_map(
-    figure: Figure, above: Axes, below: Axes, histogram: Ints, classes: tuple[str, ...]
-) -> None:
+def _heat_map(figure: Figure, above: Axes, below: Axes, histogram: Ints, classes: tuple[str, ...]) -> None:
     from matplotlib.colors import PowerNorm
     from matplotlib.ticker import MaxNLocator
 

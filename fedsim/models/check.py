@@ -9,9 +9,7 @@ from torch.func import functional_call
 from fedsim.errors import ModelError
 
 
-def check_model(
-    model: nn.Module, inputs: Tensor, *, targets: Tensor, task: str, classes: int | None
-) -> None:
+def check_model(model: nn.Module, inputs: Tensor, *, targets: Tensor, task: str, classes: int | None) -> None:
     """Run one batch through `model` and compare what comes out with the labels.
 
     The model, its buffers and torch's generator are left as they were.
@@ -84,8 +82,7 @@ def forward_once(model: nn.Module, inputs: Tensor) -> object:
             "the model cannot take these inputs",
             code="FS-MOD-006",
             where=f"model {type(model).__name__}",
-            why=f"{type(error).__name__}: {error}\n"
-            f"inputs: {_shape(tuple(inputs.shape))} {_dtype(inputs)}",
+            why=f"{type(error).__name__}: {error}\ninputs: {_shape(tuple(inputs.shape))} {_dtype(inputs)}",
             hint="the first dimension is the batch; compare the rest with the model's first layer",
         ) from error
     return output
@@ -113,15 +110,11 @@ def _dropping(module: nn.Module) -> float:
     return 0.0
 
 
-def _remedy(
-    shape: tuple[int, ...], expected: tuple[int, ...], *, task: str, classes: int | None
-) -> str:
+def _remedy(shape: tuple[int, ...], expected: tuple[int, ...], *, task: str, classes: int | None) -> str:
     if task == "binary" and shape in ((expected[0],), (expected[0], 1)):
         return "binary data need two outputs (logits of both classes): make the last layer 2 wide"
     if len(shape) == len(expected) and shape[:-1] == expected[:-1] and task != "regression":
-        return (
-            f"make the last layer {classes} wide; a factory with a parameter `classes` is told it"
-        )
+        return f"make the last layer {classes} wide; a factory with a parameter `classes` is told it"
     if task == "next-token" and shape == (expected[0], expected[-1]):
         return 'return logits at every position, or load the data with target = "last"'
     if task == "classification" and len(shape) == 3 and len(expected) == 2:

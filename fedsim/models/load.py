@@ -138,9 +138,7 @@ def _does_not_fit(name: str, given: Mapping[str, Any], accepted: list[str], why:
         code="FS-MOD-003",
         where="model",
         why=why,
-        hint=f"did you mean {near[0]!r}?"
-        if near
-        else f"it takes: {', '.join(accepted) or 'no parameters'}",
+        hint=f"did you mean {near[0]!r}?" if near else f"it takes: {', '.join(accepted) or 'no parameters'}",
     )
 
 

@@ -11,9 +11,7 @@ from fedsim.models.shapes import whole
 class CharacterLSTM(nn.Module):
     """Embedding, stacked LSTM, linear layer over the characters."""
 
-    def __init__(
-        self, characters: int, *, embedding: int, hidden: int, layers: int, last: bool
-    ) -> None:
+    def __init__(self, characters: int, *, embedding: int, hidden: int, layers: int, last: bool) -> None:
         super().__init__()
         self.embedding = nn.Embedding(characters, embedding)
         self.lstm = nn.LSTM(embedding, hidden, num_layers=layers, batch_first=True)

@@ -6,6 +6,8 @@ Everything that can be wrong is found here, before anything is written or traine
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from fedsim.data.dataset import Dataset
 from fedsim.data.federated import FederatedData
 from fedsim.errors import ConfigError, ModelError
 from fedsim.keys import Purpose, torch_seed
+from fedsim.local import LocalSpec
 from fedsim.models import check_model, make_model
 from fedsim.registry import load
 from fedsim.sampling import Sampler, cohort_size
@@ -29,6 +32,23 @@ from fedsim.strategy import Strategy
 from fedsim.types import GradFn, Population
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
+
+
+def overrides(
+    arguments: Mapping[str, Mapping[str, Any]],
+    *,
+    client: LocalSpec | Mapping[str, Any] | None,
+    sections: Mapping[str, Mapping[str, Any]],
+) -> dict[str, dict[str, Any]]:
+    """Tables of a configuration from the arguments of a call; arguments win over `sections`."""
+    tables = {name: dict(table) for name, table in sections.items()}
+    if client is not None:
+        tables["client"] = asdict(client) if isinstance(client, LocalSpec) else dict(client)
+    for name, values in arguments.items():
+        given = {key: value for key, value in values.items() if value is not None}
+        if given:
+            tables[name] = tables.get(name, {}) | given
+    return tables
 
 
 def build_data(config: Config, given: Dataset | FederatedData | None = None) -> FederatedData:

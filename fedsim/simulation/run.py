@@ -11,7 +11,7 @@ import resource
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from fedsim.config import Config, config_from
 from fedsim.data.dataset import Dataset
 from fedsim.data.federated import FederatedData
 from fedsim.errors import RunFailed
-from fedsim.evaluation import Evaluator
+from fedsim.evaluation import Evaluator, clients_due, fairness
 from fedsim.federation import Federation, Outcome, RunState
 from fedsim.flat import buffer_specs, flat_buffers, flat_of, spec_of
 from fedsim.grads import LOSSES, eager_grad, model_grad
@@ -88,24 +88,18 @@ class Simulation:
         state_folder: Path | None = None,
     ) -> None:
         opaque = client if isinstance(client, OpaqueClient) else None
-        overrides: dict[str, dict[str, Any]] = {k: dict(v) for k, v in (sections or {}).items()}
-
-        def override(section: str, key: str, value: Any) -> None:
-            if value is not None:
-                overrides.setdefault(section, {})[key] = value
-
-        override("run", "rounds", rounds)
-        override("run", "seed", seed)
-        override("round", "sample", sample)
-        override("engine", "name", engine)
-        override("engine", "device", device)
-        override("data", "name", data if isinstance(data, str) else None)
-        override("model", "name", model if isinstance(model, str) else None)
-        override("strategy", "name", strategy if isinstance(strategy, str) else None)
-        if isinstance(client, LocalSpec):
-            overrides["client"] = asdict(client)
-        elif isinstance(client, Mapping):
-            overrides["client"] = dict(client)
+        overrides = build.overrides(
+            {
+                "run": {"rounds": rounds, "seed": seed},
+                "round": {"sample": sample},
+                "engine": {"name": engine, "device": device},
+                "data": {"name": data if isinstance(data, str) else None},
+                "model": {"name": model if isinstance(model, str) else None},
+                "strategy": {"name": strategy if isinstance(strategy, str) else None},
+            },
+            client=None if isinstance(client, OpaqueClient) else client,
+            sections=sections or {},
+        )
         self.config = config_from(config, overrides)
         objects = {"model": model, "data": data, "strategy": strategy, "client": opaque}
         objects |= {"transform": transform, "grad_fn": grad_fn}
@@ -203,8 +197,6 @@ class Simulation:
         self.client_evaluation: dict[str, Any] | None = None
         self.started = False
 
-    # -- running ---------------------------------------------------------------------------------
-
     def __iter__(self) -> Iterator[Record]:
         """Records as the lines of ``metrics.jsonl``; the first is the evaluation before training.
 
@@ -274,43 +266,34 @@ class Simulation:
         if config.central and due:
             record |= self.evaluator.central(self.federation.model, buffers)
         self.client_evaluation = None
-        if self._clients_due(round_index, last):
+        if clients_due(config.clients, round_index, last=last):
             self.client_evaluation = self.evaluate_clients()
             accuracy = self.client_evaluation["accuracy"]
             if np.isfinite(accuracy).any() and self.data.dataset.task != "regression":
-                record |= _fairness(accuracy[np.isfinite(accuracy)])
+                record |= fairness(accuracy[np.isfinite(accuracy)])
         phases["evaluate"] = time.perf_counter() - began
         return record
-
-    def _clients_due(self, round_index: int, last: bool) -> bool:
-        when = self.config.evaluation.clients
-        if when == "never":
-            return False
-        if when == "final":
-            return last
-        return last or round_index % int(when.removeprefix("every ")) == 0
 
     def evaluate_clients(self) -> dict[str, Any]:
         """Each client's accuracy and loss, with its own model where the algorithm has personal ones."""
         algorithm = self._algorithm(self.config.client)
+
+        def personal(ids: Ids) -> Tensor:
+            assert algorithm.personal is not None
+            message = self.strategy.broadcast(self.federation.state.strategy)
+            state = self.engine.state_of(ids, message, algorithm)
+            x = algorithm.personal(client_message(message, self.spec), state)
+            return self.spec.flatten(x).unsqueeze(0)
+
         return dict(
             self.evaluator.clients(
                 self.federation.model,
                 self.federation.state.buffers,
                 cap=self.config.evaluation.client_cap,
                 seed=self.config.run.seed,
-                personal=None if algorithm.personal is None else self._personal,
+                personal=None if algorithm.personal is None else personal,
             )
         )
-
-    def _personal(self, ids: Ids) -> Tensor:
-        """[1, D] what the one client in `ids` evaluates with."""
-        algorithm = self._algorithm(self.config.client)
-        assert algorithm.personal is not None
-        message = self.strategy.broadcast(self.federation.state.strategy)
-        state = self.engine.state_of(ids, message, algorithm)
-        x = algorithm.personal(client_message(message, self.spec), state)
-        return self.spec.flatten(x).unsqueeze(0)
 
     def _algorithm(self, spec: LocalSpec) -> LocalAlgorithm:
         algorithm = self.strategy.local(self.place.grad_fn, spec)
@@ -327,8 +310,6 @@ class Simulation:
             min(count, self.data.clients),
             self._availability,
         )
-
-    # -- what a run folder needs -----------------------------------------------------------------
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -393,13 +374,3 @@ def _below(folder: Path | None, name: str) -> Path | None:
 
 def _or_empty(flat: Tensor | None, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.empty(0, dtype=dtype) if flat is None else flat
-
-
-def _fairness(accuracy: np.ndarray) -> Record:
-    """Mean, worst tenth and spread over clients."""
-    worst = np.sort(accuracy)[: max(1, len(accuracy) // 10)]
-    return {
-        "client_accuracy_mean": float(accuracy.mean()),
-        "client_accuracy_worst10": float(worst.mean()),
-        "client_accuracy_std": float(accuracy.std()),
-    }

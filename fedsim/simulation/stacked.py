@@ -85,8 +85,10 @@ class StackedTrainer:
                 name: b.unsqueeze(0).expand(clients, *b.shape).clone()
                 for name, b in buffer_dict(place, buffers).items()
             },
-            *torch.zeros(3, clients, dtype=counted, device=device),
-            torch.zeros(clients, dtype=torch.int64, device=device),
+            normaliser=torch.zeros(clients, dtype=counted, device=device),
+            loss=torch.zeros(clients, dtype=counted, device=device),
+            seen=torch.zeros(clients, dtype=counted, device=device),
+            taken=torch.zeros(clients, dtype=torch.int64, device=device),
         )
         for number, phase in enumerate(algorithm.phases):
             spec = phase.spec or task.spec
