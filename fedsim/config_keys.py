@@ -58,6 +58,24 @@ def explain(key: str) -> list[Explanation]:
     )
 
 
+def as_markdown() -> str:
+    """Every table with its keys, the end of ``docs/configuration.md``."""
+    lines: list[str] = []
+    for table in TABLES:
+        head, *entries = explain(table)
+        lines += [f"### [{table}]", "", f"{head.doc} Used by {head.used_by}.", ""]
+        lines += ["| Key | Type | Default | Meaning |", "| --- | --- | --- | --- |"]
+        for entry in entries:
+            name = entry.key.rpartition(".")[2]
+            cells = [entry.type, entry.default, entry.doc]
+            if name == "*":
+                cells = ["", "", "parameters of the plugin that is named: `fedsim plugins show NAME`"]
+            row = " | ".join(cell.replace("|", "\\|").replace("``", "`") for cell in cells)
+            lines.append(f"| `{name}` | {row} |")
+        lines.append("")
+    return "\n".join(lines[:-1]) + "\n"
+
+
 def _used_by(table: str) -> str:
     section = TABLES[table]
     return (

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from fedsim import rounds
 from fedsim.buffers import BufferFold, Buffers
@@ -75,6 +76,8 @@ class Federation:
         transform: on the way of an update, None for none.
         observers: called with everything that a curious server sees.
         seed: of the run, for transforms.
+        personal_size: values of each model-sized vector that stay on the client; they are not sent and
+            not counted.
     """
 
     def __init__(
@@ -91,6 +94,7 @@ class Federation:
         transform: UpdateTransform | None = None,
         observers: Sequence[Observer] = (),
         seed: int = 0,
+        personal_size: int = 0,
     ) -> None:
         self.strategy = strategy
         self.engine = engine
@@ -103,6 +107,7 @@ class Federation:
         self.transform = transform
         self.observers = tuple(observers)
         self.seed = seed
+        self.personal_size = personal_size
         self._bytes_down = 0
         self._opened_at = 0.0
 
@@ -166,22 +171,32 @@ class Federation:
             state.strategy, self.spec.at_round(state.round_index), window.index, ids
         )
         message = self.strategy.broadcast(state.strategy)
+        sent: Any = message.vectors
         if self.transform is not None and self.transform.downlink is not None:
             encode, decode = self.transform.downlink
-            message = message._replace(vectors=decode(encode(message.vectors)))
+            sent = encode(message.vectors)
+            message = message._replace(vectors=decode(sent))
 
         def lend(some: Ids) -> Any:
             return self.strategy.lend(state.strategy, self.rows, some)
 
         task = Task(ids, state.version, window.index, window.attempt, message, lend, spec, steps)
-        down = sum(v.numel() * v.element_size() for v in message.vectors.values())
-        down += 8 * len(message.scalars) + state.buffers.bytes
+        down = self._bytes(sent) + 8 * len(message.scalars) + state.buffers.bytes
         lent = lend(ids[:1])
-        down += sum(t[0].numel() * t.element_size() for t in lent.values()) if lent else 0
+        down += self._bytes(pytree.tree_map(lambda rows: rows[0], lent))
         self._bytes_down += down * len(ids)
         self.engine.submit(task)
         self._message = message
         return rounds.dispatched(window, ids, state.version)
+
+    def _bytes(self, message: Any) -> int:
+        """What the tensors of one client's message weigh on the wire."""
+        size, total = len(self.model), 0
+        for leaf in pytree.tree_leaves(message):
+            if isinstance(leaf, Tensor):
+                kept = self.personal_size if leaf.numel() == size else 0
+                total += (leaf.numel() - kept) * leaf.element_size()
+        return total
 
     def _fold_received(
         self, window: WindowState, collected: Collected
@@ -214,7 +229,7 @@ class Federation:
 
     def _fold(self, block: UpdateBlock, collected: Collected) -> list[Refused]:
         """Check, weigh and fold one block."""
-        bytes_up = sum(v[0].numel() * v.element_size() for v in block.vectors.values())
+        bytes_up = self._bytes(pytree.tree_map(lambda rows: rows[0], dict(block.vectors)))
         bytes_up += 8 * len(block.scalars) + self.state.buffers.bytes
         if self.transform is not None:
             block = replace(block, vectors=self.transform.decode(block.vectors))

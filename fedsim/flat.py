@@ -48,6 +48,11 @@ class ParamSpec:
         """D, the number of values."""
         return self.offsets[-1]
 
+    @property
+    def personal_size(self) -> int:
+        """Number of values that stay on the client."""
+        return sum(n for name, n in zip(self.names, self.sizes, strict=True) if name in self.personal)
+
     @cached_property
     def digest(self) -> str:
         """SHA-256 over names, shapes and dtype: equal digests can exchange vectors."""

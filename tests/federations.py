@@ -215,6 +215,7 @@ def build(
         transform=transform,
         observers=observers,
         seed=seed,
+        personal_size=place.spec.personal_size,
     )
     return Small(federation, simulated, place, store)
 

@@ -6,7 +6,6 @@ Nothing heavy is imported before a command needs it, so that ``fedsim --help`` a
 from __future__ import annotations
 
 import errno
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -82,17 +81,12 @@ def call(arguments: Sequence[str]) -> int:
     try:
         command = typer.main.get_command(make_app())
         code = command.main(list(arguments), prog_name="fedsim", standalone_mode=False, obj=settings)
-        sys.stdout.flush()
     except FedsimError as error:
         return fail(settings, error)
     except click.ClickException as error:
         return fail(settings, _usage(error))
     except (KeyboardInterrupt, click.Abort):
         return _stopped(settings)
-    except BrokenPipeError:
-        # Whoever read our output has seen enough, as `head` does.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except MemoryError as error:
         return fail(settings, out_of_memory(error))
     except OSError as error:

@@ -96,13 +96,21 @@ def presets(context: typer.Context) -> None:
 @app.command("explain", cls=Command)
 def explain(
     context: typer.Context,
-    key: Annotated[str, typer.Argument(help="A table or table.key, such as client.lr.")],
+    key: Annotated[
+        str | None, typer.Argument(help="A table or table.key, such as client.lr; all without one.")
+    ] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="All tables as a document.")] = False,
 ) -> None:
     """Explain a key or a table: type, default, meaning, who uses it."""
+    from fedsim.config_keys import as_markdown
     from fedsim.config_keys import explain as explained
+    from fedsim.config_sections import TABLES
 
     settings = settings_of(context)
-    entries = explained(key)
+    entries = [e for table in TABLES for e in explained(table)] if key is None else explained(key)
+    if markdown:
+        output.result(settings, {"keys": [e._asdict() for e in entries]}, as_markdown().splitlines())
+        return
     lines: list[str] = []
     for entry in entries:
         lines += [

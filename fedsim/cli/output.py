@@ -30,10 +30,18 @@ def people(settings: Settings) -> TextIO:
     return sys.stdout if settings.format == "text" else sys.stderr
 
 
+def write(stream: TextIO, line: str) -> None:
+    """Print a line at once; where nobody reads any more, as behind ``| head``, print nothing from then on."""
+    try:
+        print(line, file=stream, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
 def say(settings: Settings, text: str = "") -> None:
     """A line for people, part of a command's result; with json and ``-q`` nothing."""
     if settings.format == "text" or not settings.quiet:
-        print(text, file=people(settings))
+        write(people(settings), text)
 
 
 def note(settings: Settings, text: str) -> None:
@@ -45,8 +53,7 @@ def note(settings: Settings, text: str) -> None:
 def result(settings: Settings, data: Data, lines: Sequence[str]) -> None:
     """The result of a command: `lines` for people, or `data` for a program."""
     if settings.format == "text":
-        for line in lines:
-            print(line)
+        write(sys.stdout, "\n".join(lines))
     else:
         document(settings, "ok", data)
 
@@ -55,15 +62,15 @@ def document(settings: Settings, status: str, data: Data) -> None:
     """The one document of json, or the last line of jsonl."""
     whole: dict[str, Any] = {"schema": SCHEMA, "status": status, "data": plain(data)}
     if settings.format == "jsonl":
-        print(json.dumps(whole | {"final": True}, allow_nan=False), flush=True)
+        write(sys.stdout, json.dumps(whole | {"final": True}, allow_nan=False))
     else:
-        print(json.dumps(whole, indent=2, allow_nan=False), flush=True)
+        write(sys.stdout, json.dumps(whole, indent=2, allow_nan=False))
 
 
 def event(name: str, data: Data) -> None:
     """One line of jsonl that is not the last."""
     whole = {"schema": SCHEMA, "event": name, "data": plain(data)}
-    print(json.dumps(whole, allow_nan=False), flush=True)
+    write(sys.stdout, json.dumps(whole, allow_nan=False))
 
 
 def plain(value: Any) -> Any:
@@ -76,7 +83,8 @@ def plain(value: Any) -> Any:
         return None
     if isinstance(value, PurePath):
         return str(value)
-    return value.item() if hasattr(value, "item") else value
+    item = getattr(value, "item", None)  # numbers of NumPy and torch
+    return value if item is None else item()
 
 
 def columns(

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
-from fedsim.cli.output import colours, event, people
+from fedsim.cli.output import colours, event, people, write
 from fedsim.cli.settings import Settings
 from fedsim.runs.numbers import in_bytes, in_time, short
 
@@ -127,11 +127,7 @@ class PlainView:
 
     def _say(self, line: str) -> None:
         self._spoke = time.monotonic()
-        try:
-            print(line, file=self._stream, flush=True)
-        except BrokenPipeError:
-            # Nobody reads any more; the run goes on, its folder holds everything.
-            self._stream = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+        write(self._stream, line)
 
     def _beat(self) -> None:
         began = self._spoke

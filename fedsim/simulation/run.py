@@ -181,6 +181,7 @@ class Simulation:
             transform=transform,
             observers=observers,
             seed=self.config.run.seed,
+            personal_size=self.spec.personal_size,
         )
         self.evaluator = Evaluator(
             self.module,

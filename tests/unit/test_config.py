@@ -18,7 +18,7 @@ from fedsim.config import (
     to_dict,
     to_toml,
 )
-from fedsim.config_keys import explain
+from fedsim.config_keys import as_markdown, explain
 from fedsim.config_merge import preset_names, scalar
 from fedsim.config_sections import TABLES, Config
 from fedsim.errors import ConfigError
@@ -43,7 +43,11 @@ def refused(code: str, file: Path | None = None, **arguments: Any) -> ConfigErro
 
 def test_without_anything_the_defaults_are_a_whole_configuration() -> None:
     config = load_config().config
-    assert (config.data.name, config.data.partition.kind, config.strategy.name) == ("digits", "dirichlet", "fedavg")
+    assert (config.data.name, config.data.partition.kind, config.strategy.name) == (
+        "digits",
+        "dirichlet",
+        "fedavg",
+    )
     assert config.data.partition.parameters == {"alpha": 0.3}
     assert config.client == LocalSpec()
     assert config.strategy.parameters["server_lr"] == 1.0
@@ -75,9 +79,14 @@ def test_every_key_of_the_result_has_a_source() -> None:
 
 
 def test_precedence_is_preset_base_file_environment_set_flag(tmp_path: Path) -> None:
-    written(tmp_path, "[run]\nseed = 2\nrounds = 2\n[round]\nsample = 2\nquorum = 2\novercommit = 2.0\n", "base.toml")
+    written(
+        tmp_path,
+        "[run]\nseed = 2\nrounds = 2\n[round]\nsample = 2\nquorum = 2\novercommit = 2.0\n",
+        "base.toml",
+    )
     file = written(
-        tmp_path, 'extends = "base.toml"\n[run]\nrounds = 3\n[round]\nsample = 3\nquorum = 3\novercommit = 3.0\n'
+        tmp_path,
+        'extends = "base.toml"\n[run]\nrounds = 3\n[round]\nsample = 3\nquorum = 3\novercommit = 3.0\n',
     )
     loaded = load_config(
         file,
@@ -341,4 +350,11 @@ def test_an_unknown_key_is_explained_by_near_ones() -> None:
 
 def test_the_toml_has_every_table_with_values() -> None:
     tables = tomllib.loads(to_toml(load_config().config))
-    assert {"run", "data", "model", "client", "round", "strategy", "engine", "evaluation", "output"} <= set(tables)
+    assert {"run", "data", "model", "client", "round", "strategy", "engine", "evaluation", "output"} <= set(
+        tables
+    )
+
+
+def test_the_documentation_lists_every_key(repository: Path) -> None:
+    text = (repository / "docs" / "configuration.md").read_text(encoding="utf-8")
+    assert text.endswith(as_markdown()), "write its end again: fedsim config explain --markdown"

@@ -130,3 +130,15 @@ def test_a_refused_update_leaves_the_clients_own_values() -> None:
     fault["now"] = True
     assert small.federation.run_window().error is not None
     assert torch.equal(own_head(small, 0), before)
+
+
+def test_personal_values_are_not_counted_as_sent() -> None:
+    whole, part = build(fedavg(), spec=SPEC), build(fedavg(), personal=HEAD, spec=SPEC)
+    spec = part.place.spec
+    private = 8 * sum(
+        part.place.spec.unflatten(torch.empty(spec.size)).tensors[n].numel() for n in spec.personal
+    )
+    assert private > 0
+    records = [small.federation.run_window().record for small in (whole, part)]
+    for key in ("bytes_down", "bytes_up"):
+        assert records[0][key] - records[1][key] == private * records[0]["cohort"]

@@ -93,7 +93,9 @@ def test_an_unknown_key_like_no_other_is_refused_with_the_known_ones() -> None:
         ("wait_seconds", "2 weeks", "a time is"),
     ],
 )
-def test_a_wrong_type_is_refused_with_the_value_and_what_was_wanted(key: str, value: Any, wanted: str) -> None:
+def test_a_wrong_type_is_refused_with_the_value_and_what_was_wanted(
+    key: str, value: Any, wanted: str
+) -> None:
     error = refused({"rate": 0.1, key: value}, "FS-CFG-005")
     assert key in error.what
     assert error.why is not None
@@ -111,9 +113,7 @@ def test_a_value_that_the_factory_refuses_names_the_table() -> None:
 
 
 def test_numbers_of_numpy_and_paths_of_a_program_are_taken() -> None:
-    made = build(
-        factory, {"rate": np.float32(0.5), "count": np.int64(4), "path": Path("a")}, where="[x]"
-    )
+    made = build(factory, {"rate": np.float32(0.5), "count": np.int64(4), "path": Path("a")}, where="[x]")
     assert (made["rate"], made["count"], str(made["path"])) == (0.5, 4, "a")
 
 

@@ -35,3 +35,10 @@ class Program:
         code = call(words)
         out, err = self._capture.readouterr()
         return Called(code, out, err)
+
+    def ended(self, *words: str, code: int = 0) -> tuple[str, str]:
+        """stdout and stderr of a command line that ends with this exit code."""
+        called = self(*words)
+        assert called.code == code, f"exit {called.code}\n{called.out}\n{called.err}"
+        assert "Traceback" not in called.err
+        return called.out, called.err

@@ -87,9 +87,7 @@ def test_common_options_are_taken_before_and_after_the_command(fedsim: Program) 
     assert before.document["data"]["folder"] == "here"
 
 
-def test_the_variable_names_the_folder_of_the_runs(
-    fedsim: Program, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_variable_names_the_folder_of_the_runs(fedsim: Program, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FEDSIM_RUNS", "elsewhere")
     assert fedsim("ls", "--format", "json").document["data"]["folder"] == "elsewhere"
     assert fedsim("ls", "--format", "json", "--runs", "x").document["data"]["folder"] == "x"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import signal
 from pathlib import Path
 from typing import Any
@@ -49,13 +50,12 @@ def test_a_plain_view_gives_a_sign_of_life_in_a_long_round(monkeypatch: pytest.M
 
 
 def test_a_reader_that_went_away_does_not_end_the_run() -> None:
-    class Closed(io.StringIO):
-        def write(self, text: str) -> int:
-            raise BrokenPipeError
-
-    view = PlainView(Closed(), rounds=5, metric="accuracy")
-    view.record(record(1))
-    view.record(record(2))
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w", encoding="utf-8") as stream:
+        view = PlainView(stream, rounds=5, metric="accuracy")
+        view.record(record(1))
+        view.record(record(2))
 
 
 def test_the_live_view_shows_round_metric_cost_and_failures() -> None:
@@ -102,7 +102,9 @@ def folder(tmp_path: Path) -> RunFolder:
         command=["fedsim"],
     )
     for number in range(4):
-        run.append_record(record(number, client_accuracy_worst10=0.2, client_accuracy_mean=0.5, client_accuracy_std=0.1))
+        run.append_record(
+            record(number, client_accuracy_worst10=0.2, client_accuracy_mean=0.5, client_accuracy_std=0.1)
+        )
     run.append_clients(
         {"round": [1, 2], "client": [7, 7], "verdict": ["refused"] * 2, "reason": ["not finite"] * 2}
     )
@@ -119,8 +121,8 @@ def test_the_end_block_tells_outcome_metrics_refusals_cost_and_what_next(folder:
     text = "\n".join(end_block(folder, data, rounds=3, expected=expected))
     for piece in (
         "ok: finished", "3 of 3, 0 failed", "0.53 (round 3), best 0.53 (round 3)", "worst tenth 0.2",
-        "off by 0.07", "2 refused", "client 7: refused, not finite, rounds 1, 2", "4.5 s", "4 kB down, 2 kB up",
-        str(folder.path), "Next: fedsim show",
+        "off by 0.07", "2 refused", "client 7: refused, not finite, rounds 1, 2", "4.5 s",
+        "4 kB down, 2 kB up", str(folder.path), "Next: fedsim show",
     ):  # fmt: skip
         assert piece in text, piece
     assert (data["outcome"], data["rounds"], data["seconds"]) == ("ok", 3, 4.5)
