@@ -202,8 +202,6 @@ def resume(
     from fedsim.cli.ending import end_block, run_data
     from fedsim.config import load_config, to_toml
     from fedsim.runs.folder import CONFIG, RunFolder
-    from fedsim.simulation.baselines import pooled
-    from fedsim.simulation.build import build_data
     from fedsim.simulation.session import resume as continue_run
     from fedsim.storage import write_atomically
 
@@ -217,10 +215,7 @@ def resume(
         lines = ["this run is complete; --rounds N extends it"]
         output.result(settings, data, lines + end_block(folder, data, rounds=config.run.rounds))
         return
-    objects: dict[str, Any] = {}
-    if folder.manifest["facts"].get("baseline") == "centralised":
-        objects["data"] = pooled(build_data(config))
-    sim, progress = continue_run(folder, rounds=rounds, **objects)
+    sim, progress = continue_run(folder, rounds=rounds)
     done = sim.federation.state.round_index
     if rounds is not None:
         if rounds < done:

@@ -12,6 +12,8 @@ from typing import Any
 from fedsim.config import load_config
 from fedsim.errors import ConfigError, RunFailed
 from fedsim.runs.folder import RunFolder
+from fedsim.simulation.baselines import pooled
+from fedsim.simulation.build import build_data
 from fedsim.simulation.progress import Progress, progress_of, target_of
 from fedsim.simulation.run import Record, Simulation
 from fedsim.simulation.saving import load_run, save_run
@@ -181,7 +183,11 @@ def again(folder: RunFolder, *, sets: Sequence[str] = (), **objects: Any) -> Sim
     Raises:
         ConfigError: the run was made of Python objects and they are not given.
     """
-    needed = set(folder.manifest["facts"].get("python_objects", ())) - set(objects)
+    facts = folder.manifest["facts"]
+    loaded = load_config(folder.path / "config.toml", sets=sets)
+    if facts.get("baseline") == "centralised" and "data" not in objects:
+        objects["data"] = pooled(build_data(loaded.config))
+    needed = set(facts.get("python_objects", ())) - set(objects)
     if needed:
         raise ConfigError(
             "this run was made of Python objects that its files cannot hold",
@@ -190,7 +196,6 @@ def again(folder: RunFolder, *, sets: Sequence[str] = (), **objects: Any) -> Sim
             why=f"given from Python: {', '.join(sorted(needed))}",
             hint="call fedsim.resume(path, ...) from the program that started it, with the same objects",
         )
-    loaded = load_config(folder.path / "config.toml", sets=sets)
     return Simulation(loaded.config, **objects)
 
 

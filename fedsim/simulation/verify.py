@@ -19,14 +19,17 @@ class Difference(NamedTuple):
     repeated: Any
 
 
-def repeat(folder: RunFolder, *, rounds: int) -> list[Difference]:
+def repeat(folder: RunFolder, *, rounds: int, **objects: Any) -> list[Difference]:
     """Run the first `rounds` rounds again and compare every field but ``time``.
 
+    Args:
+        objects: the Python objects that the run was made of.
+
     Raises:
-        ConfigError: the run was made of Python objects.
+        ConfigError: the run was made of Python objects and they are not given.
     """
     recorded = folder.records()
-    sim = again(folder)
+    sim = again(folder, **objects)
     differences: list[Difference] = []
     repeated = itertools.takewhile(lambda r: r["round"] <= rounds, sim)
     for old, new in zip(recorded, repeated, strict=False):
