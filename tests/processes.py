@@ -13,6 +13,10 @@ from typing import Any, NamedTuple
 SMALL = """
 [run]
 rounds = 3
+[data]
+name = "synthetic"
+clients = 4
+examples = 60
 [data.partition]
 clients = 8
 kind = "iid"

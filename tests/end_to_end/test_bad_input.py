@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import signal
 from collections.abc import Callable
@@ -47,7 +48,7 @@ from torch import nn
 class Narrow(nn.Module):
     def __init__(self):
         super().__init__()
-        self.head = nn.Linear(64, 5)
+        self.head = nn.Linear(60, 5)
 
     def forward(self, inputs):
         return self.head(inputs.flatten(1))
@@ -117,35 +118,30 @@ def test_a_value_that_is_not_finite_is_named_by_row_and_column(tmp_path: Path, c
 
 @pytest.mark.parametrize("damage", ["cut", "label"])
 def test_a_damaged_parquet_file_is_named_and_never_cached(tmp_path: Path, damage: str) -> None:
-    io, pa, pq, image = (
-        pytest.importorskip(name) for name in ("io", "pyarrow", "pyarrow.parquet", "PIL.Image")
-    )
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    image = pytest.importorskip("PIL.Image")
 
     def picture(value: int) -> dict[str, Any]:
         file = io.BytesIO()
-        image.fromarray(np.full((28, 28), value, np.uint8)).save(file, "PNG")
+        image.fromarray(np.full((8, 8), value, np.uint8)).save(file, "PNG")
         return {"bytes": file.getvalue(), "path": None}
 
-    labels = [i % 10 for i in range(40)]
     for split in ("train", "test"):
+        labels = [i % 3 for i in range(40)]
         if split == "train" and damage == "label":
-            labels[17] = 10
+            labels[17] = -1
         table = pa.table({"image": [picture(i) for i in range(40)], "label": labels})
         pq.write_table(table, tmp_path / f"{split}.parquet")
-        labels = [i % 10 for i in range(40)]
     train = tmp_path / "train.parquet"
     if damage == "cut":
         train.write_bytes(train.read_bytes()[:-100])
-    cache = tmp_path / "cache"
-    ended = fedsim(
-        tmp_path, "run", config(tmp_path), "--set", "data.name=mnist", "--set", f"data.path={tmp_path}",
-        environ={"FEDSIM_CACHE": str(cache)},
-    )  # fmt: skip
+    (tmp_path / "fedsim.toml").write_text(f'[data]\nname = "image_folder"\npath = "{tmp_path}"\n')
+    ended = fedsim(tmp_path, "run", environ={"FEDSIM_CACHE": str(tmp_path / "cache")})
     if damage == "cut":
         assert_told(ended, code="FS-DAT-003", exit_code=2, naming=("train.parquet", "fetch it again"))
     else:
-        assert_told(ended, code="FS-DAT-007", exit_code=2, naming=("label 10", "train split, row 17"))
-    assert not [p for p in cache.rglob("*") if p.is_file()]
+        assert_told(ended, code="FS-DAT-007", exit_code=2, naming=("label -1", "train split, row 17"))
+    assert not [p for p in (tmp_path / "cache").rglob("*") if p.is_file()]
     assert not (tmp_path / "runs").exists()
 
 
@@ -184,26 +180,36 @@ def test_a_folder_of_runs_that_cannot_be_written_is_refused_before_training(tmp_
     assert (tmp_path / "file").read_text() == "not a folder"
 
 
-# The model of SMALL has 650 parameters, 2.6 kB: the limits let the run come further and further.
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of SMALL that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("whole")
+    assert fedsim(folder, "run", config(folder), "-q").code == 0
+    return only_run(folder / "runs")
+
+
+def test_a_full_disk_at_the_start_leaves_nothing(tmp_path: Path) -> None:
+    ended = fedsim(tmp_path, "run", config(tmp_path), "-q", preexec_fn=at_most(600))
+    assert_told(ended, code="FS-ENV-021", exit_code=6, naming=("config.toml", "free some space"))
+    assert list((tmp_path / "runs").iterdir()) == []
+
+
+# What is written grows: a model 2.7 kB, the state of the run 3.3 kB, with all lines of the clients 4 kB.
 @pytest.mark.parametrize(
-    ("limit", "at"),
-    [(600, "manifest.json"), (2_500, "best.safetensors"), (3_000, "state/run.safetensors")],
+    ("limit", "file"), [(LIMIT_MODEL, "best.safetensors"), (LIMIT_STATE, "run.safetensors")]
 )
-def test_a_full_disk_leaves_whole_files_and_a_run_that_resumes(tmp_path: Path, limit: int, at: str) -> None:
-    name, runs = config(tmp_path), tmp_path / "runs"
+def test_a_full_disk_leaves_whole_files_and_a_run_that_resumes(
+    tmp_path: Path, whole: Path, limit: int, file: str
+) -> None:
+    name = config(tmp_path)
     ended = fedsim(tmp_path, "run", name, "--name", "full", "-q", preexec_fn=at_most(limit))
-    assert_told(ended, code="FS-ENV-021", exit_code=6, naming=(Path(at).name, "free some space"))
-    if at == "manifest.json":
-        assert list(runs.iterdir()) == []
-        return
-    run = only_run(runs)
+    assert_told(ended, code="FS-ENV-021", exit_code=6, naming=(file, "free some space"))
+    run = only_run(tmp_path / "runs")
     for line in (run / "metrics.jsonl").read_text().splitlines():
         json.loads(line)
     assert fedsim(tmp_path, "resume", "full", "-q").code == 0
-    assert fedsim(tmp_path, "run", name, "--runs", "whole", "-q").code == 0
-    assert records(run) == records(only_run(tmp_path / "whole"))
-    clients = (only_run(tmp_path / "whole") / "clients.jsonl").read_bytes()
-    assert (run / "clients.jsonl").read_bytes() == clients
+    assert records(only_run(tmp_path / "runs")) == records(whole)
+    assert (run / "clients.jsonl").read_bytes() == (whole / "clients.jsonl").read_bytes()
 
 
 def test_a_report_that_the_disk_had_no_room_for_is_written_by_resume(tmp_path: Path) -> None:
