@@ -236,6 +236,13 @@ def _refusal(error: ValidationError, values: Values, sources: Mapping[str, str])
     found = error.errors(include_url=False, include_context=False)
     first = next((e for e in found if e["type"] in UNKNOWN), found[0])
     location = [str(part) for part in first["loc"]]
+    if not location:  # the text itself cannot be read, as bytes that are no UTF-8
+        return ConfigError(
+            "the configuration holds a text that cannot be written",
+            code="FS-CFG-006",
+            why=expected(first),
+            hint="use UTF-8 in names and paths",
+        )
     path = ".".join(location[:2]) if ".".join(location[:2]) in TABLES else location[0]
     rest = location[len(path.split(".")) :]
     own: Any = values

@@ -343,6 +343,14 @@ class Federation:
                 hint="lower [client] lr or set clip_norm if the updates diverge; clients.jsonl names "
                 "each client and reason",
             )
+        if not len(window.ids) and self.scheduler.quorum:
+            return QuorumNotReached(
+                "no client was available",
+                where=where,
+                why=f"the sampler drew nobody, the quorum is {self.scheduler.quorum}",
+                hint="raise the probability in [availability], or set [round] quorum = 0 to let empty "
+                "rounds pass",
+            )
         if received < self.scheduler.quorum:
             reasons = sorted({reason for _, reason in window.reasons})
             return QuorumNotReached(
@@ -389,5 +397,5 @@ class Federation:
         return {name: float(value) for name, value in metrics.items()}
 
     def skip_window(self) -> None:
-        """After a failed window: let the round pass, the model stays."""
-        self.state = self.state._replace(round_index=self.state.round_index + 1, failures=0)
+        """After a failed window: let the round pass, the model stays; failures go on being counted."""
+        self.state = self.state._replace(round_index=self.state.round_index + 1)

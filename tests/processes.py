@@ -17,6 +17,7 @@ rounds = 3
 name = "synthetic"
 clients = 4
 examples = 60
+features = 600
 [data.partition]
 clients = 8
 kind = "iid"

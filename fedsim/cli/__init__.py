@@ -6,6 +6,7 @@ Nothing heavy is imported before a command needs it, so that ``fedsim --help`` a
 from __future__ import annotations
 
 import errno
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -138,4 +139,7 @@ def _refused(error: OSError) -> EnvironmentProblem:
 
 def main() -> None:
     """Entry point of the program ``fedsim``."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the shell, as by ``>&-``
+            setattr(sys, name, open(os.devnull, "w"))
     sys.exit(call(sys.argv[1:]))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from fedsim.cli.output import pairs
@@ -94,8 +97,11 @@ def end_block(
 
 
 def next_command(folder: RunFolder, outcome: str) -> str:
-    """One sensible continuation."""
+    """One sensible continuation, as it can be typed here."""
+    usual = Path(os.environ.get("FEDSIM_RUNS", "runs")).resolve()
     name = folder.path.name
+    if folder.path.parent.resolve() != usual:
+        name = shlex.quote(str(folder.path))
     if outcome in ("interrupted", "stopped"):
         return f"fedsim resume {name}"
     if outcome == "failed":

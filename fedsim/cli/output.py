@@ -6,6 +6,7 @@ everything else goes to stderr.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -116,7 +117,9 @@ def fail(settings: Settings, error: FedsimError, *, exit_code: int | None = None
         traceback.print_exception(error)
     if settings.format != "text":
         fields = {name: getattr(error, name) for name in ("code", "what", "where", "why", "hint")}
-        document(settings, "error", settings.result | fields | {"exit_code": code})
+        # Where stdout itself is what cannot be written, stderr still says why.
+        with contextlib.suppress(OSError):
+            document(settings, "error", settings.result | fields | {"exit_code": code})
     print(_coloured(settings, str(error)), file=sys.stderr)
     print(f"  more: fedsim explain {error.code}", file=sys.stderr)
     return code

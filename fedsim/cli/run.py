@@ -201,7 +201,8 @@ def resume(
     """Go on with a run after its last checkpoint."""
     from fedsim.cli.ending import end_block, run_data
     from fedsim.config import load_config, to_toml
-    from fedsim.runs.folder import CONFIG, RunFolder
+    from fedsim.runs.folder import CONFIG, REPORT, RunFolder
+    from fedsim.runs.report import write_report
     from fedsim.simulation.session import resume as continue_run
     from fedsim.storage import write_atomically
 
@@ -211,6 +212,8 @@ def resume(
     config = load_config(folder.path / CONFIG).config
     complete = folder.status() in ("ok", "target", "early_stop")
     if complete and rounds in (None, config.run.rounds):
+        if config.output.report and not (folder.path / REPORT).exists():
+            write_report(folder)  # the disk had no room for it when the run ended
         data = run_data(folder)
         lines = ["this run is complete; --rounds N extends it"]
         output.result(settings, data, lines + end_block(folder, data, rounds=config.run.rounds))

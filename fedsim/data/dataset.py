@@ -71,6 +71,10 @@ class Dataset:
     def __len__(self) -> int:
         return len(self.train)
 
+    def __repr__(self) -> str:
+        test = "no test set" if self.test is None else f"{len(self.test)} to test"
+        return f"Dataset({self.name!r}, {self.task}, {len(self)} examples, {test}, inputs {self.input_shape})"
+
     @property
     def input_shape(self) -> tuple[int, ...]:
         """Shape of one example as the model sees it, without the batch dimension."""

@@ -64,6 +64,9 @@ class FederatedData:
         if self.names and len(self.names) != self.clients:
             raise _malformed(f"{len(self.names)} names for {self.clients} clients", self)
 
+    def __repr__(self) -> str:
+        return f"FederatedData({self.dataset!r}, {self.clients} clients, {self.description})"
+
     @property
     def clients(self) -> int:
         """N, the number of clients."""

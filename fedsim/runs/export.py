@@ -57,7 +57,16 @@ def export(
         )
     if to == "onnx":
         _need_onnx()
-    tensors = folder.load_model(check_file_name(checkpoint))
+    try:
+        tensors = folder.load_model(check_file_name(checkpoint))
+    except ValueError as error:
+        raise ConfigError(
+            f"{checkpoint!r} names no checkpoint",
+            code="FS-CFG-095",
+            where=f"--checkpoint {checkpoint}",
+            why=str(error),
+            hint="use final, best, or a round's such as round-00010",
+        ) from error
     target = folder.path / "exports" if out is None else out
     try:
         target.mkdir(parents=True, exist_ok=True)

@@ -5,6 +5,7 @@ Everything that can be wrong is found here, before anything is written or traine
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -16,13 +17,15 @@ import torch
 from torch import nn
 
 from fedsim.availability import Availability, always
-from fedsim.config import Config
+from fedsim.config import Config, config_from
 from fedsim.data.dataset import Dataset
 from fedsim.data.federated import FederatedData
+from fedsim.data.own import from_datasets
 from fedsim.errors import ConfigError, ModelError
 from fedsim.keys import Purpose, torch_seed
 from fedsim.local import LocalSpec
 from fedsim.models import check_model, make_model
+from fedsim.opaque_client import OpaqueClient
 from fedsim.registry import load
 from fedsim.sampling import Sampler, cohort_size
 from fedsim.schedulers import Scheduler
@@ -49,6 +52,45 @@ def overrides(
         if given:
             tables[name] = tables.get(name, {}) | given
     return tables
+
+
+def own_data(data: Any) -> Any:
+    """A list of torch data sets as one client each; everything else as it is."""
+    if isinstance(data, list | tuple) and data and all(hasattr(d, "__getitem__") for d in data):
+        return from_datasets(list(data))
+    return data
+
+
+def check_arguments(*, data: Any, strategy: Any, client: Any) -> None:
+    """Refuse an argument of a kind that a simulation cannot use, rather than take a default for it.
+
+    Raises:
+        ConfigError: naming the argument.
+    """
+    kinds: dict[str, tuple[Any, tuple[type, ...], str]] = {
+        "data": (data, (str, Dataset, FederatedData), "a name, Dataset, FederatedData or list of Datasets"),
+        "strategy": (strategy, (str, Strategy), "a name or what fedsim.make_strategy returns"),
+        "client": (client, (LocalSpec, Mapping, OpaqueClient), "a LocalSpec, a mapping or @fedsim.opaque"),
+    }
+    for name, (value, types, wanted) in kinds.items():
+        if value is not None and not isinstance(value, types):
+            raise ConfigError(
+                f"the argument `{name}` cannot be {type(value).__name__}",
+                code="FS-CFG-075",
+                where=f"Simulation({name}=…)",
+                why=f"expected {wanted}",
+                hint="see docs/README.md and the docstring of fedsim.Simulation",
+            )
+
+
+def with_absolute_paths(config: Config) -> Config:
+    """The configuration with the paths of data and weights made absolute, so that a run can be resumed
+    from anywhere."""
+    changed: dict[str, dict[str, Any]] = {}
+    for table, key, path in (("data", "path", config.data.path), ("model", "weights", config.model.weights)):
+        if path is not None:
+            changed[table] = {key: str(Path(path).absolute())}
+    return config_from(config, changed) if changed else config
 
 
 def build_data(config: Config, given: Dataset | FederatedData | None = None) -> FederatedData:
@@ -86,10 +128,14 @@ def build_model(config: Config, data: FederatedData, given: Any = None) -> nn.Mo
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(torch_seed(config.run.seed, Purpose.MODEL, 0))
         module = make_model(
-            given if given is not None else config.model.target or config.model.name,
+            copy.deepcopy(given)  # a module of the user's own is left as it is
+            if isinstance(given, nn.Module)
+            else given
+            if given is not None
+            else config.model.target or config.model.name,
             input_shape=dataset.input_shape,
             classes=dataset.classes or 1,
-            params=config.model.parameters,
+            params={} if given is not None and not isinstance(given, str) else config.model.parameters,
         )
     module = module.to(torch_device(config), DTYPES[config.engine.dtype]).train()
     if config.model.weights is not None:
@@ -260,6 +306,14 @@ def check_local(config: Config, strategy: Strategy, grad_fn: GradFn, *, opaque: 
         ConfigError: an optimiser without a normaliser, an opaque client, or what the strategy itself
             refuses when it makes its client half.
     """
+    if config.client.momentum and config.client.optimizer != "sgd":
+        raise ConfigError(
+            f"{config.client.optimizer} has no momentum parameter",
+            code="FS-CFG-077",
+            where=f"[client] momentum = {config.client.momentum:g}",
+            why="it would be ignored",
+            hint="leave momentum out, or use optimizer = 'sgd'",
+        )
     strategy.local(grad_fn, config.client)
     if strategy.traits.needs_normaliser and config.client.optimizer != "sgd":
         raise ConfigError(

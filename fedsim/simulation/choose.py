@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fedsim.errors import ModelError
+from fedsim.errors import ConfigError, ModelError
 from fedsim.local import LocalSpec
 from fedsim.models import has_batchnorm, stackable
 from fedsim.simulation.trainer import Workplace
@@ -73,6 +73,14 @@ def choose(
     Raises:
         ModelError: ``stacked`` was asked for and cannot be.
     """
+    if asked not in ("auto", "loop", "stacked"):
+        raise ConfigError(
+            f"no engine is called {asked!r}",
+            code="FS-CFG-076",
+            where="[engine] name",
+            why="known: auto, loop, stacked",
+            hint="use auto",
+        )
     if opaque:
         if asked == "stacked":
             raise _refused("an opaque training function runs one client at a time")

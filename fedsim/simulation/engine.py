@@ -73,11 +73,12 @@ class SimulatedEngine:
         return self._now
 
     def submit(self, task: Task) -> None:
+        moment = task.round_index + task.attempt  # a retry comes later, and finds other devices
         steps = self.place.clients.steps(task, task.ids)
-        steps = self.devices.limit(task.ids, steps, task.round_index)
-        seconds = self.devices.seconds(task.ids, steps, task.round_index)
+        steps = self.devices.limit(task.ids, steps, moment)
+        seconds = self.devices.seconds(task.ids, steps, moment)
         self._tasks.append((task, steps, seconds))
-        lost = self.devices.lost(task.ids, task.round_index)
+        lost = self.devices.lost(task.ids, moment)
         arrival = self._now + seconds
         for at in np.unique(arrival):
             then = arrival == at

@@ -87,6 +87,8 @@ class Simulation:
         grad_fn: Any = None,
         state_folder: Path | None = None,
     ) -> None:
+        data = build.own_data(data)
+        build.check_arguments(data=data, strategy=strategy, client=client)
         opaque = client if isinstance(client, OpaqueClient) else None
         overrides = build.overrides(
             {
@@ -101,6 +103,7 @@ class Simulation:
             sections=sections or {},
         )
         self.config = config_from(config, overrides)
+        self.config = build.with_absolute_paths(self.config)
         objects = {"model": model, "data": data, "strategy": strategy, "client": opaque}
         objects |= {"transform": transform, "grad_fn": grad_fn}
         self.python_objects = sorted(
@@ -309,7 +312,8 @@ class Simulation:
             attempt,
             self.data.clients,
             min(count, self.data.clients),
-            self._availability,
+            # A retry comes later: who is there has changed as it would by the next round.
+            lambda ids, moment: self._availability(ids, moment + attempt),
         )
 
     @property

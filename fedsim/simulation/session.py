@@ -131,6 +131,17 @@ def _rounds(
     except RunFailed as failure:
         outcome, error = "failed", failure
     done = sim.federation.state.round_index
+    if outcome == "ok" and done and not sim.federation.state.version:
+        outcome, error = (
+            "failed",
+            RunFailed(
+                f"all {done} rounds failed and were skipped",
+                code="FS-RUN-006",
+                where="[round] on_failed = 'skip'",
+                why="the model is the one that the run began with",
+                hint="clients.jsonl names each client and reason",
+            ),
+        )
     folder.save_model(sim.model_tensors(), "final")
     _checkpoint(sim, folder, progress, done)
     seconds = time.perf_counter() - began
@@ -162,9 +173,12 @@ def resume(folder: RunFolder, *, rounds: int | None = None, **objects: Any) -> t
         objects: the Python objects that the run was made of (model, data, strategy, client …).
 
     Raises:
+        EnvironmentProblem: another process works in the folder.
         RunFailed: the checkpoint is damaged or does not fit.
         ConfigError: the run was made of Python objects and they are not given.
     """
+    with folder.locked():  # nothing of a run that another process writes may be cut back
+        pass
     sim = again(folder, sets=[] if rounds is None else [f"run.rounds={rounds}"], **objects)
     sim.keep_state_in(folder.state_folder)
     progress = progress_of(sim.config, sim.evaluator.names)

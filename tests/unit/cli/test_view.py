@@ -134,7 +134,7 @@ def test_a_run_that_died_is_shown_from_its_lines_and_can_be_resumed(folder: RunF
     assert (data["outcome"], data["rounds"]) == ("stopped", 3)
     assert data["final"] == {"accuracy": 0.53, "loss": 1.0}
     assert data["best"] == {"metric": "accuracy", "value": 0.53, "round": 3}
-    assert end_block(folder, data, rounds=9)[-1] == f"Next: fedsim resume {folder.path.name}"
+    assert end_block(folder, data, rounds=9)[-1] == f"Next: fedsim resume {folder.path}"
 
 
 def test_a_failed_run_says_why(folder: RunFolder) -> None:
