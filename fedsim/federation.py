@@ -397,5 +397,5 @@ class Federation:
         return {name: float(value) for name, value in metrics.items()}
 
     def skip_window(self) -> None:
-        """After a failed window: let the round pass, the model stays; failures go on being counted."""
-        self.state = self.state._replace(round_index=self.state.round_index + 1)
+        """After a failed window: let the round pass, the model stays."""
+        self.state = self.state._replace(round_index=self.state.round_index + 1, failures=0)

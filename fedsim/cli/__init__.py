@@ -141,5 +141,5 @@ def main() -> None:
     """Entry point of the program ``fedsim``."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by the shell, as by ``>&-``
-            setattr(sys, name, open(os.devnull, "w"))
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
     sys.exit(call(sys.argv[1:]))

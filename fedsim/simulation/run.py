@@ -200,6 +200,7 @@ class Simulation:
         self.last_outcome: Outcome | None = None
         self.client_evaluation: dict[str, Any] | None = None
         self.started = False
+        self.failed_in_a_row = 0  # attempts, over skipped rounds too
 
     def __iter__(self) -> Iterator[Record]:
         """Records as the lines of ``metrics.jsonl``; the first is the evaluation before training.
@@ -216,6 +217,8 @@ class Simulation:
             outcome = self.last_outcome
             if outcome is not None and outcome.error is not None:
                 self._after_failure(outcome.error)
+            else:
+                self.failed_in_a_row = 0
 
     def _before_training(self, phases: dict[str, float]) -> Record:
         record: Record = {
@@ -255,7 +258,8 @@ class Simulation:
 
     def _after_failure(self, error: RunFailed) -> None:
         policy = self.config.round
-        if policy.on_failed == "stop" or self.federation.state.failures >= policy.max_failed:
+        self.failed_in_a_row += 1
+        if policy.on_failed == "stop" or self.failed_in_a_row >= policy.max_failed:
             raise error
         if policy.on_failed == "skip":
             self.federation.skip_window()
