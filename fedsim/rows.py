@@ -120,6 +120,8 @@ class RowStore:
         """Continue from a checkpoint's index over the segments in the folder."""
         self.slot_of[:] = -1
         self.version_of[:] = 0
+        self._staged.clear()
+        self._slots = 0
         self.slot_of[index["ids"]] = index["slots"]
         self.version_of[index["ids"]] = index["versions"]
         if layout:

@@ -77,14 +77,17 @@ def execute(
         EnvironmentProblem: the folder cannot be written or another process works in it; what was
             committed before stays.
     """
-    progress = progress or progress_of(sim.config, sim.evaluator.names)
+    current = progress or progress_of(sim.config, sim.evaluator.names)
     met = target_of(sim.config)
     fedsim_log = logging.getLogger("fedsim")
     with folder.locked():
         handler = folder.log_handler()
         fedsim_log.addHandler(handler)
         try:
-            outcome = _rounds(sim, folder, progress, met, on_record, stop)
+            if progress is not None:
+                # Only now is the folder ours: another process may have gone on since `resume` looked.
+                current = _take_up(sim, folder)
+            outcome = _rounds(sim, folder, current, met, on_record, stop)
             folder.finish(outcome.summary)
             _draw(sim, folder)
         finally:
@@ -183,12 +186,19 @@ def resume(folder: RunFolder, *, rounds: int | None = None, **objects: Any) -> t
     sim.keep_state_in(folder.state_folder)
     progress = progress_of(sim.config, sim.evaluator.names)
     path = checkpoint_path(folder)
-    if path.exists():
-        progress = replace(progress, **load_run(sim, path))
-        folder.truncate(sim.federation.state.round_index)
-    else:
+    return sim, replace(progress, **load_run(sim, path)) if path.exists() else progress
+
+
+def _take_up(sim: Simulation, folder: RunFolder) -> Progress:
+    """Go back to the folder's checkpoint, and cut the line files back to it; under the lock."""
+    progress = progress_of(sim.config, sim.evaluator.names)
+    path = checkpoint_path(folder)
+    if not path.exists():
         folder.truncate(-1)
-    return sim, progress
+        return progress
+    progress = replace(progress, **load_run(sim, path))
+    folder.truncate(sim.federation.state.round_index)
+    return progress
 
 
 def again(folder: RunFolder, *, sets: Sequence[str] = (), **objects: Any) -> Simulation:
