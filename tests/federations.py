@@ -27,13 +27,13 @@ from fedsim.personal import personalise
 from fedsim.rows import RowStore
 from fedsim.sampling import Free, uniform
 from fedsim.schedulers import Scheduler, sync
-from fedsim.simulation.clients import ClientData
 from fedsim.simulation.devices import DeviceModel, instant
 from fedsim.simulation.engine import SimulatedEngine
-from fedsim.simulation.loop import LoopTrainer
 from fedsim.simulation.stacked import StackedTrainer
-from fedsim.simulation.trainer import Trainer, Workplace
 from fedsim.strategy import Strategy
+from fedsim.training.clients import ClientData
+from fedsim.training.loop import LoopTrainer
+from fedsim.training.work import Trainer, Workplace
 from fedsim.transform import Observer, UpdateTransform
 from fedsim.types import Aux, Bools, GradFn, Ids, Population
 

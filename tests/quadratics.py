@@ -26,13 +26,13 @@ from fedsim.flat import ParamSpec
 from fedsim.local import LocalSpec
 from fedsim.rows import RowStore
 from fedsim.schedulers import Scheduler, sync
-from fedsim.simulation.clients import ClientData
 from fedsim.simulation.devices import instant
 from fedsim.simulation.engine import SimulatedEngine
-from fedsim.simulation.loop import LoopTrainer
 from fedsim.simulation.stacked import StackedTrainer
-from fedsim.simulation.trainer import Trainer, Workplace
 from fedsim.strategy import Strategy
+from fedsim.training.clients import ClientData
+from fedsim.training.loop import LoopTrainer
+from fedsim.training.work import Trainer, Workplace
 from fedsim.types import Aux, Batch, Ids, Population, WindowInfo
 from fedsim.vector import Vector
 

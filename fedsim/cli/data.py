@@ -53,7 +53,7 @@ def show(
     """Load a data set, divide it and say who holds what."""
     import numpy as np
 
-    from fedsim.simulation.build import build_data
+    from fedsim.build import build_data
 
     settings = settings_of(context)
     flags: dict[str, tuple[str, object]] = {

@@ -16,8 +16,8 @@ from fedsim.errors import ConfigError, Interrupted, RunFailed
 
 if TYPE_CHECKING:
     from fedsim.config import Config, Loaded
+    from fedsim.progress import Progress
     from fedsim.runs.folder import RunFolder
-    from fedsim.simulation.progress import Progress
     from fedsim.simulation.run import Simulation
 
 Baseline = Literal["centralised", "local"]
@@ -78,8 +78,8 @@ def start(
         RunFailed: the outcome is failure, or the target was not reached under `require`.
     """
     from fedsim.config import to_toml
+    from fedsim.progress import progress_of, target_of
     from fedsim.runs.folder import RunFolder
-    from fedsim.simulation.progress import progress_of, target_of
 
     sim = simulation(loaded.config, baseline)
     # Nothing is written before everything that the configuration says has been understood.
@@ -115,8 +115,8 @@ def simulation(config: Config, baseline: Baseline | None) -> Simulation:
 
     if baseline is None:
         return Simulation(config)
+    from fedsim.build import build_data
     from fedsim.simulation.baselines import baseline_sections, pooled
-    from fedsim.simulation.build import build_data
 
     values = to_dict(config)
     del values["strategy"]  # its parameters belong to what the baseline is compared with
@@ -182,7 +182,7 @@ def carry_on(
 
 def _dry(settings: Settings, loaded: Loaded, baseline: Baseline | None) -> None:
     from fedsim.config import to_dict, to_toml
-    from fedsim.simulation.progress import progress_of, target_of
+    from fedsim.progress import progress_of, target_of
 
     sim = simulation(loaded.config, baseline)
     progress_of(sim.config, sim.evaluator.names)

@@ -13,7 +13,7 @@ import numpy as np
 from fedsim.errors import ConfigError, ModelError
 from fedsim.local import LocalSpec
 from fedsim.models import has_batchnorm, stackable
-from fedsim.simulation.trainer import Workplace
+from fedsim.training.work import Workplace
 from fedsim.types import Ids
 
 # Above this a stack of parameters no longer pays on a CPU: the products are then large enough by

@@ -19,14 +19,13 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from fedsim.engine import Arrived, Drained, Event, Failed
-from fedsim.keys import Purpose, stream_keys
 from fedsim.local import LocalAlgorithm, LocalSpec
-from fedsim.optimizers import make_optimizer
 from fedsim.rows import RowStore
 from fedsim.simulation.clock import VirtualClock
 from fedsim.simulation.devices import DeviceModel
 from fedsim.simulation.ready import Ready, gathered
-from fedsim.simulation.trainer import ClientFailed, Trainer, Work, Workplace, client_message
+from fedsim.training.answer import answer, from_rows
+from fedsim.training.work import ClientFailed, Trainer, Work, Workplace, client_message
 from fedsim.transform import UpdateTransform
 from fedsim.types import Bools, Floats, Ids, Message, Task, UpdateBlock
 
@@ -112,10 +111,7 @@ class SimulatedEngine:
         state = algorithm.fresh(client_message(message, self.place.spec))
         if not self.store.has(ids)[0]:
             return state
-        leaves, structure = pytree.tree_flatten(state)
-        rows = self.store.read(ids)
-        own = [rows[f"local-{position:03d}"][0] for position in range(len(leaves))]
-        return pytree.tree_unflatten(own, structure)
+        return from_rows(state, self.store.read(ids))
 
     def set_timer(self, name: str, at: float) -> None:
         self.clock.set_timer(name, at)
@@ -242,10 +238,8 @@ class SimulatedEngine:
         """The answers of one block, and the rows that its clients will keep."""
         work, versions, seconds = self._work(part)
         ids = work.ids
-        with torch.no_grad():
-            states = self._read(ids, self._fresh(work, algorithm), "local")
-            trained = self.trainer.train(work, algorithm, states)
-            vectors, kept = self._encode(work, trained.vectors)
+        found = answer(self.place, self.trainer, self.transform, work, algorithm, self._known)
+        trained = found.trained
         block = UpdateBlock(
             ids,
             versions,
@@ -253,61 +247,16 @@ class SimulatedEngine:
             trained.steps,
             trained.normaliser,
             seconds,
-            vectors,
+            found.vectors,
             trained.scalars,
             trained.metrics,
             trained.buffers,
             trained.int_buffers,
             self.store.version_of[ids],
         )
-        return block, _named(trained.states, "local") | _named(kept, "transform")
+        return block, found.kept
 
-    def _fresh(self, work: Work, algorithm: LocalAlgorithm) -> Any:
-        """[C] states at first participation: the algorithm's and the optimiser's."""
-
-        def fresh(message: Message) -> Any:
-            seen = client_message(message, self.place.spec)
-            optimizer: Any = make_optimizer(work.spec).init(seen.x) if algorithm.keeps_optimizer else ()
-            return algorithm.fresh(seen), optimizer
-
-        if not work.mixed:
-            one = fresh(work.message)
-            return pytree.tree_map(lambda leaf: _repeated(leaf, len(work.ids)), one)
-        each = [
-            fresh(pytree.tree_map(lambda leaf, row=row: leaf[row], work.message))
-            for row in range(len(work.ids))
-        ]
-        return pytree.tree_map(lambda *leaves: torch.stack(leaves), *each)
-
-    def _read(self, ids: Ids, fresh: Any, part: str) -> Any:
-        """The states of these clients with a leading C; fresh for those never accepted before."""
-        stacked, structure = pytree.tree_flatten(fresh)
-        known = self.store.has(ids) if stacked else np.zeros(len(ids), bool)
-        if known.any():
-            rows = self.store.read(ids[known])
-            at = torch.from_numpy(np.flatnonzero(known))
-            for position, leaf in enumerate(stacked):
-                leaf[at.to(leaf.device)] = rows[f"{part}-{position:03d}"].to(leaf.device)
-        return pytree.tree_unflatten(stacked, structure)
-
-    def _encode(self, work: Work, vectors: Mapping[str, Tensor]) -> tuple[Mapping[str, Tensor], Any]:
-        if self.transform is None:
-            return vectors, ()
-        fresh = self.transform.init({name: torch.zeros_like(v[:1]) for name, v in vectors.items()})
-        clients = len(work.ids)
-        state = self._read(
-            work.ids, pytree.tree_map(lambda leaf: _repeated(leaf[0], clients), fresh), "transform"
-        )
-        keys = stream_keys(self.place.seed, Purpose.ENCODE, work.rounds, work.ids)
-        message, kept = self.transform.encode(state, vectors, keys)
-        return message, kept
-
-
-def _repeated(leaf: Tensor, clients: int) -> Tensor:
-    """[C, ...] copies."""
-    return leaf.unsqueeze(0).repeat(clients, *[1] * leaf.ndim)
-
-
-def _named(tree: Any, part: str) -> dict[str, Tensor]:
-    """The leaves of a state as named rows."""
-    return {f"{part}-{i:03d}": leaf for i, leaf in enumerate(pytree.tree_leaves(tree))}
+    def _known(self, ids: Ids) -> tuple[Bools, Mapping[str, Tensor]]:
+        """Which clients have states, and the rows of those."""
+        known = self.store.has(ids)
+        return known, self.store.read(ids[known]) if known.any() else {}

@@ -13,7 +13,7 @@ from fedsim.flat import flat_buffers, flat_of, write_flat
 from fedsim.keys import Purpose, torch_seed
 from fedsim.local import LocalAlgorithm
 from fedsim.opaque_client import LocalData, LocalTask, OpaqueClient, Result
-from fedsim.simulation.trainer import ClientFailed, Trained, Work, Workplace, buffer_dict
+from fedsim.training.work import ClientFailed, Trained, Work, Workplace, buffer_dict
 from fedsim.types import Ids
 
 

@@ -9,13 +9,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from fedsim.build import build_data
 from fedsim.config import load_config
 from fedsim.errors import ConfigError, RunFailed
+from fedsim.federated_run import Record
+from fedsim.progress import Progress, progress_of, target_of
 from fedsim.runs.folder import RunFolder
 from fedsim.simulation.baselines import pooled
-from fedsim.simulation.build import build_data
-from fedsim.simulation.progress import Progress, progress_of, target_of
-from fedsim.simulation.run import Record, Simulation
+from fedsim.simulation.run import Simulation
 from fedsim.simulation.saving import load_run, save_run
 
 log = logging.getLogger(__name__)

@@ -18,8 +18,8 @@ from torch.utils import _pytree as pytree
 from fedsim.keys import Purpose, torch_seed
 from fedsim.local import LocalAlgorithm, LocalSpec, Phase, propose, trained
 from fedsim.optimizers import make_optimizer
-from fedsim.simulation.clients import Schedule
-from fedsim.simulation.trainer import (
+from fedsim.training.clients import Schedule
+from fedsim.training.work import (
     Trained,
     Work,
     Workplace,

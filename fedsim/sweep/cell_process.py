@@ -22,10 +22,10 @@ from typing import Any, NamedTuple
 
 from fedsim.config import config_from, to_toml
 from fedsim.errors import FedsimError
+from fedsim.progress import Progress
 from fedsim.runs.folder import MANIFEST, RunFolder
 from fedsim.runs.lines import Record
 from fedsim.runs.manifest import Facts
-from fedsim.simulation.progress import Progress
 from fedsim.simulation.run import Simulation
 from fedsim.simulation.session import execute, resume
 from fedsim.storage import problem, write_atomically

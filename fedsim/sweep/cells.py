@@ -10,13 +10,13 @@ from itertools import product
 from typing import Any
 
 from fedsim import registry
+from fedsim.build import build_scheduler, build_strategy, with_absolute_paths
 from fedsim.config import PLUGIN_TABLES, Config, Loaded, config_from, digest, load_config, to_dict
 from fedsim.config_merge import Layer, flag_layer, merge
 from fedsim.errors import ConfigError, FedsimError
+from fedsim.progress import target_of
 from fedsim.runs.names import LONGEST, slug
 from fedsim.schema import build
-from fedsim.simulation.build import build_scheduler, build_strategy, with_absolute_paths
-from fedsim.simulation.progress import target_of
 from fedsim.sweep.axes import VARIANT, Axis, Point
 
 # Factories that only look at their parameters: calling them finds values out of range before a run does.

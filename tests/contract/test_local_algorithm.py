@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from fedsim.local import LocalAlgorithm, Phase, run_local
-from fedsim.simulation.trainer import client_lent, client_message
+from fedsim.training.work import client_lent, client_message
 from fedsim.types import Batch, Message
 from fedsim.vector import Vector
 from tests.contract.registered import STRATEGIES, registered

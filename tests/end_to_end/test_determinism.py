@@ -24,6 +24,7 @@ sample = 6
 [client]
 epochs = 1
 batch_size = 16
+lr = 0.02
 momentum = 0.5
 [strategy]
 name = "{strategy}"

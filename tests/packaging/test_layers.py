@@ -9,14 +9,14 @@ from tests.packaging.source_tree import Import, imports, modules
 MODULES = modules()
 
 # Packages that belong to the core beside the files of fedsim/ itself.
-CORE = {"attacks", "availability", "data", "models", "privacy"}
+CORE = {"attacks", "availability", "data", "models", "privacy", "training"}
 ROOMS = {"cli", "client", "interop", "pb", "runs", "server", "simulation", "strategies", "sweep"}
 
 MAY_IMPORT = {
     "core": {"core"},
     "strategies": {"core", "strategies"},
     "client": {"core", "client"},
-    "server": {"core", "server"},
+    "server": {"core", "runs", "server"},
     "runs": {"core", "runs"},
     "simulation": {"core", "client", "runs", "simulation"},
     "sweep": {"core", "runs", "simulation", "sweep"},
@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "facade": {"core", "facade", *ROOMS},
 }
 
-WIRE = ("fedsim.client", "fedsim.server", "fedsim.wire")
+WIRE = ("fedsim.client", "fedsim.server", "fedsim.transport", "fedsim.wire")
 # Distributions that one place alone knows, and the places.
 ONLY_IN = {
     "alembic": ("fedsim.server",),

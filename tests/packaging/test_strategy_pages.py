@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
+from fedsim.build import build_scheduler, build_strategy
 from fedsim.config import load_config
 from fedsim.registry import load
-from fedsim.simulation.build import build_scheduler, build_strategy
 from tests.packaging.source_tree import PROJECT, ROOT
 
 STRATEGIES = sorted(PROJECT["project"]["entry-points"]["fedsim.strategies"])

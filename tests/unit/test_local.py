@@ -23,8 +23,8 @@ from fedsim.local import (
     run_local,
     stateless,
 )
-from fedsim.simulation.clients import Schedule
 from fedsim.strategies.fedavg import fedavg
+from fedsim.training.clients import Schedule
 from fedsim.types import Batch, GradFn, Message, Task
 from fedsim.vector import Vector
 from tests.federations import SIZES, SPEC, build, random_data

@@ -19,9 +19,9 @@ from fedsim.buffers import no_buffers
 from fedsim.flat import flat_of, spec_of
 from fedsim.grads import LOSSES, batch_loss, model_grad
 from fedsim.local import LocalSpec, affine, run_local
-from fedsim.simulation.clients import Schedule
 from fedsim.strategies.fedavg import fedavg
 from fedsim.strategies.median import median
+from fedsim.training.clients import Schedule
 from fedsim.transform import Observed, UpdateTransform, identity
 from fedsim.types import Aux, Batch, GradFn, Message, Task
 from fedsim.vector import Vector

@@ -29,7 +29,7 @@ def own_head(small: Small, client: int) -> torch.Tensor:
     message = federation.strategy.broadcast(federation.state.strategy)
     state = small.engine.state_of(np.array([client]), message, algorithm)
     assert algorithm.personal is not None
-    from fedsim.simulation.trainer import client_message
+    from fedsim.training.work import client_message
 
     return small.place.spec.flatten(algorithm.personal(client_message(message, small.place.spec), state))
 

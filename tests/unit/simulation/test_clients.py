@@ -13,7 +13,7 @@ from fedsim.buffers import no_buffers
 from fedsim.data.federated import FederatedData
 from fedsim.data.transforms import Transforms
 from fedsim.local import LocalSpec, Phase
-from fedsim.simulation.clients import ClientData, Schedule
+from fedsim.training.clients import ClientData, Schedule
 from fedsim.types import Batch, Message, Task
 from tests.federations import SIZES, random_data
 

@@ -15,8 +15,8 @@ from fedsim.engine import Arrived, Drained, Failed, Timer
 from fedsim.flat import flat_of
 from fedsim.local import LocalSpec
 from fedsim.simulation.devices import instant
-from fedsim.simulation.trainer import by_size
 from fedsim.strategies.fedavg import fedavg
+from fedsim.training.work import by_size
 from fedsim.types import Message, Task, UpdateBlock
 from tests.federations import SIZES, SPEC, Small, build, mlp, random_data
 

@@ -11,8 +11,8 @@ from torch.utils import _pytree as pytree
 
 from fedsim.keys import Purpose, torch_seed
 from fedsim.local import LocalAlgorithm, Phase, run_local
-from fedsim.simulation.clients import Schedule
-from fedsim.simulation.trainer import (
+from fedsim.training.clients import Schedule
+from fedsim.training.work import (
     Trained,
     Work,
     Workplace,

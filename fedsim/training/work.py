@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fedsim.buffers import Buffers
 from fedsim.flat import ParamSpec
 from fedsim.local import LocalAlgorithm, LocalSpec
-from fedsim.simulation.clients import ClientData
+from fedsim.training.clients import ClientData
 from fedsim.types import Floats, GradFn, Ids, Message
 from fedsim.vector import Vector
 

@@ -1,4 +1,4 @@
-"""From a configuration to the parts of a simulation: data, model, strategy, policies.
+"""From a configuration to the parts of a run: data, model, strategy, policies.
 
 Everything that can be wrong is found here, before anything is written or trained.
 """
@@ -29,10 +29,6 @@ from fedsim.sampling import Sampler, cohort_size
 from fedsim.schedulers import Scheduler
 from fedsim.schema import build
 from fedsim.server_ema import with_server_ema
-from fedsim.simulation.participation import build_availability as build_availability
-from fedsim.simulation.participation import build_devices as build_devices
-from fedsim.simulation.participation import build_membership as build_membership
-from fedsim.simulation.participation import population_of as population_of
 from fedsim.strategy import Strategy
 from fedsim.types import GradFn
 

@@ -1,0 +1,168 @@
+"""The rounds of one federation, a record each: what a simulation and a coordinator have in common."""
+
+from __future__ import annotations
+
+import datetime
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedsim.config import Config
+from fedsim.data.federated import FederatedData
+from fedsim.errors import RunFailed
+from fedsim.evaluation import Evaluator, clients_due, fairness
+from fedsim.federation import Federation
+from fedsim.flat import ParamSpec
+from fedsim.local import LocalAlgorithm, LocalSpec
+from fedsim.outcome import Outcome
+from fedsim.personal import personalise
+from fedsim.progress import progress_of, target_of
+from fedsim.strategy import Strategy
+from fedsim.types import GradFn
+
+Record = dict[str, Any]  # Any: numbers, words and the sub-object `time`
+
+
+class FederatedRun:
+    """Iterated round by round; whoever derives from it brings the parts, and the engine inside `federation`.
+
+    Raises:
+        ConfigError: ``[evaluation] best`` or ``target`` cannot be followed.
+    """
+
+    config: Config
+    data: FederatedData
+    strategy: Strategy
+    spec: ParamSpec
+    grad_fn: GradFn
+    federation: Federation
+    evaluator: Evaluator
+
+    def __init__(self) -> None:
+        progress_of(self.config, self.evaluator.names)  # refuses a rule that it cannot follow
+        target_of(self.config)
+        self.last_outcome: Outcome | None = None
+        self.client_evaluation: dict[str, Any] | None = None
+        self.started = False
+        self.failed_in_a_row = 0  # attempts, over skipped rounds too
+
+    def evaluate_clients(self) -> dict[str, Any]:
+        """Each client's accuracy and loss."""
+        raise NotImplementedError
+
+    def __iter__(self) -> Iterator[Record]:
+        """Records as the lines of ``metrics.jsonl``; the first is the evaluation before training.
+
+        Raises:
+            RunFailed: a round failed as often as ``[round] max_failed`` allows.
+        """
+        if not self.started:
+            self.started = True
+            yield self._timed(self._before_training)
+        while not self.finished:
+            record = self._timed(self._round)
+            yield record
+            outcome = self.last_outcome
+            if outcome is not None and outcome.error is not None:
+                self._after_failure(outcome.error)
+            elif record["received"] or not self.federation.asynchronous:
+                # A window in which nobody was due says nothing: those between two failures do not count.
+                self.failed_in_a_row = 0
+
+    @property
+    def finished(self) -> bool:
+        """Whether the last round is done, or the time of the run's clock is up."""
+        limit = self.config.run.clock_limit
+        over = limit is not None and self.federation.state.clock >= limit
+        return over or self.federation.state.round_index >= self.config.run.rounds
+
+    def _before_training(self, phases: dict[str, float]) -> Record:
+        record: Record = {
+            "round": 0, "version": 0, "outcome": "start", "cohort": 0, "received": 0,
+            "refused": 0, "late": 0, "lost": 0,
+        }  # fmt: skip
+        record |= self._evaluate(0, phases)
+        record |= {"bytes_down": 0, "bytes_up": 0, "clock_seconds": 0.0}
+        self.last_outcome = None
+        return record
+
+    def _round(self, phases: dict[str, float]) -> Record:
+        began = time.perf_counter()
+        # Random layers draw from torch's generator, seeded for each client; the user's is left alone.
+        with torch.random.fork_rng(devices=[]):
+            self.last_outcome = self.federation.run_window()
+        phases["train"] = time.perf_counter() - began
+        record = dict(self.last_outcome.record)
+        counts = ("round", "version", "outcome", "cohort", "received", "refused", "late", "lost")
+        head = {name: record.pop(name) for name in counts}
+        if head["outcome"] != "failed":
+            head |= self._evaluate(head["round"], phases)
+        return head | record
+
+    def _timed(self, work: Any) -> Record:
+        began = time.perf_counter()
+        phases: dict[str, float] = {}
+        record: Record = work(phases)
+        record["time"] = {
+            "seconds": time.perf_counter() - began,
+            "phases": phases,
+            "rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            // (1 << 20 if sys.platform == "darwin" else 1 << 10),
+            "at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        }
+        return record
+
+    def _after_failure(self, error: RunFailed) -> None:
+        policy = self.config.round
+        self.failed_in_a_row += 1
+        if policy.on_failed == "stop" or self.failed_in_a_row >= policy.max_failed:
+            self.failed_in_a_row = 0  # whoever resumes the run counts anew
+            raise error
+        # Asynchronously a failed window means that every answer in it was refused: time goes on.
+        if policy.on_failed == "skip" or self.federation.asynchronous:
+            self.federation.skip_window()
+
+    def _evaluate(self, round_index: int, phases: dict[str, float]) -> Record:
+        """The metrics due after this round, in the order of the record."""
+        config, last = self.config.evaluation, self.finished
+        began = time.perf_counter()
+        record: Record = {}
+        buffers = self.federation.state.buffers
+        due = last or round_index % config.every == 0
+        if config.central and due:
+            record |= self.evaluator.central(self.federation.model, buffers)
+        self.client_evaluation = None
+        if clients_due(config.clients, round_index, last=last):
+            self.client_evaluation = self.evaluate_clients()
+            accuracy = self.client_evaluation["accuracy"]
+            if np.isfinite(accuracy).any() and self.data.dataset.task != "regression":
+                record |= fairness(accuracy[np.isfinite(accuracy)])
+        phases["evaluate"] = time.perf_counter() - began
+        return record
+
+    def algorithm(self, spec: LocalSpec) -> LocalAlgorithm:
+        """The strategy's client half under this local training."""
+        algorithm = self.strategy.local(self.grad_fn, spec)
+        if self.spec.personal:
+            algorithm = personalise(algorithm, self.spec.personal)
+        return algorithm
+
+    @property
+    def last_clients(self) -> dict[str, list[Any]] | None:
+        """Columns of ``clients.jsonl`` for the last round."""
+        if self.last_outcome is None:
+            return None
+        columns = self.last_outcome.clients.columns
+        count = len(columns.get("client", []))
+        return {"round": [self.last_outcome.record["round"]] * count, **columns}
+
+    def model_tensors(self) -> dict[str, Tensor]:
+        """The global model under the module's own names, loadable with ``load_state_dict``."""
+        self.evaluator.set(self.federation.model, self.federation.state.buffers)
+        return {n: t.detach().clone() for n, t in self.evaluator.module.state_dict().items()}

@@ -1,0 +1,1 @@
+"""Generated from proto/federation.proto; do not edit."""

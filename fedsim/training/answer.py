@@ -1,0 +1,110 @@
+"""What a block of clients answers to a task: states read, training, transform, and what they will keep.
+
+Client states are named rows: ``local-000`` … the leaves of the algorithm's state and of the optimiser's
+where the algorithm keeps it, ``transform-000`` … those of the transform.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from fedsim.keys import Purpose, stream_keys
+from fedsim.local import LocalAlgorithm
+from fedsim.optimizers import make_optimizer
+from fedsim.training.work import Trained, Trainer, Work, Workplace, client_message
+from fedsim.transform import UpdateTransform
+from fedsim.types import Bools, Ids, Message
+
+Known = Callable[[Ids], tuple[Bools, Mapping[str, Tensor]]]
+"""[C] clients -> which of them have states [C], and the rows {name: [k, *shape]} of those k."""
+
+
+class Answer(NamedTuple):
+    """Of C clients.
+
+    Args:
+        trained: as the trainer left it.
+        vectors: {name: [C, D]} as they are sent, or what the transform made of them.
+        kept: {name: [C, *shape]} what each client keeps once its answer has counted.
+    """
+
+    trained: Trained
+    vectors: Any
+    kept: Mapping[str, Tensor]
+
+
+def answer(
+    place: Workplace,
+    trainer: Trainer,
+    transform: UpdateTransform | None,
+    work: Work,
+    algorithm: LocalAlgorithm,
+    known: Known,
+) -> Answer:
+    """Train the clients of `work` from what is `known` of them.
+
+    Raises:
+        ClientFailed: the training of a client raised.
+    """
+    with torch.no_grad():
+        held = known(work.ids)
+        states = _filled(_fresh(place, work, algorithm), "local", *held)
+        trained = trainer.train(work, algorithm, states)
+        vectors: Any = trained.vectors
+        kept: Any = ()
+        if transform is not None:
+            zeros = {name: torch.zeros_like(v[:1]) for name, v in trained.vectors.items()}
+            fresh = pytree.tree_map(lambda leaf: _repeated(leaf[0], len(work.ids)), transform.init(zeros))
+            keys = stream_keys(place.seed, Purpose.ENCODE, work.rounds, work.ids)
+            vectors, kept = transform.encode(_filled(fresh, "transform", *held), trained.vectors, keys)
+    return Answer(trained, vectors, _named(trained.states, "local") | _named(kept, "transform"))
+
+
+def from_rows(state: Any, rows: Mapping[str, Tensor]) -> Any:
+    """The algorithm's state of one client out of its rows [1, *shape]; `state` gives the structure."""
+    leaves, structure = pytree.tree_flatten(state)
+    own = [rows[f"local-{position:03d}"][0] for position in range(len(leaves))]
+    return pytree.tree_unflatten(own, structure)
+
+
+def _fresh(place: Workplace, work: Work, algorithm: LocalAlgorithm) -> Any:
+    """[C] states at first participation: the algorithm's and the optimiser's."""
+
+    def fresh(message: Message) -> Any:
+        seen = client_message(message, place.spec)
+        optimizer: Any = make_optimizer(work.spec).init(seen.x) if algorithm.keeps_optimizer else ()
+        return algorithm.fresh(seen), optimizer
+
+    if not work.mixed:
+        one = fresh(work.message)
+        return pytree.tree_map(lambda leaf: _repeated(leaf, len(work.ids)), one)
+    each = [
+        fresh(pytree.tree_map(lambda leaf, row=row: leaf[row], work.message)) for row in range(len(work.ids))
+    ]
+    return pytree.tree_map(lambda *leaves: torch.stack(leaves), *each)
+
+
+def _filled(fresh: Any, part: str, known: Bools, rows: Mapping[str, Tensor]) -> Any:
+    """States with a leading C: what is known of a client, fresh for those never accepted before."""
+    stacked, structure = pytree.tree_flatten(fresh)
+    if stacked and known.any():
+        at = torch.from_numpy(np.flatnonzero(known))
+        for position, leaf in enumerate(stacked):
+            leaf[at.to(leaf.device)] = rows[f"{part}-{position:03d}"].to(leaf.device)
+    return pytree.tree_unflatten(stacked, structure)
+
+
+def _repeated(leaf: Tensor, clients: int) -> Tensor:
+    """[C, ...] copies."""
+    return leaf.unsqueeze(0).repeat(clients, *[1] * leaf.ndim)
+
+
+def _named(tree: Any, part: str) -> dict[str, Tensor]:
+    """The leaves of a state as named rows."""
+    return {f"{part}-{i:03d}": leaf for i, leaf in enumerate(pytree.tree_leaves(tree))}
