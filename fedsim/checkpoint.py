@@ -22,22 +22,28 @@ from fedsim.errors import FedsimError, RunFailed
 Tree = Any  # a pytree of tensors, arrays, numbers, strings and None
 
 
-def save_tree(tree: Tree) -> tuple[dict[str, Tensor], str]:
-    """The tensors of a pytree by position, copied, and a JSON text of its other leaves."""
+def save_tree(tree: Tree, *, copy: bool = True) -> tuple[dict[str, Tensor], str]:
+    """The tensors of a pytree by position, and a JSON text of its other leaves.
+
+    Args:
+        copy: False where they are written before anything could change them.
+    """
     tensors: dict[str, Tensor] = {}
     plain: dict[str, Any] = {}
     for position, leaf in enumerate(pytree.tree_leaves(tree)):
         name = f"{position:05d}"
         if isinstance(leaf, Tensor):
-            tensors[name] = leaf.detach().cpu().contiguous().clone()
+            tensors[name] = leaf.detach().cpu().contiguous()
         elif isinstance(leaf, np.ndarray):
-            tensors[name] = torch.from_numpy(np.ascontiguousarray(leaf)).clone()
+            tensors[name] = torch.from_numpy(np.ascontiguousarray(leaf))
         elif leaf is None or isinstance(leaf, bool | int | float | str):
             plain[name] = leaf
         elif isinstance(leaf, np.integer | np.floating):
             plain[name] = leaf.item()
         else:
             raise TypeError(f"a state may hold tensors, arrays and numbers, not {type(leaf).__name__}")
+    if copy:
+        tensors = {name: tensor.clone() for name, tensor in tensors.items()}
     return tensors, json.dumps(plain)
 
 

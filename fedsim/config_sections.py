@@ -233,6 +233,30 @@ class EvaluationSection(Section):
     """Which model is kept as the best, such as "accuracy:max"; the default goes by the task."""
 
 
+class DeploymentSection(Section):
+    """What a coordinator expects of real clients."""
+
+    used_by: ClassVar[str] = "the coordinator; a simulation does not look at it"
+    min_clients: Annotated[int, Field(ge=1)] | None = None
+    """Clients that must be there before a round opens; the default is the cohort."""
+    wait: Seconds = 600.0
+    """Seconds (or "10m") that a round waits for them; then it fails."""
+    on_expired: Literal["dropout", "wait"] = "dropout"
+    """What follows when a client's lease ends: its task is lost, or it is offered to the client again."""
+    max_attempts: Annotated[int, Field(ge=1)] = 3
+    """Times that one task is offered before it is lost."""
+    max_strikes: Annotated[int, Field(ge=1)] = 3
+    """Refused updates of one client after which it is not asked any more in this run."""
+    max_weight: Annotated[int, Field(ge=1)] = 10_000_000
+    """Examples that a client may claim; an update with more is refused."""
+    max_norm: Annotated[float, Field(gt=0.0)] | None = None
+    """Largest L2 norm of an update; the default is none."""
+    over_norm: Literal["reject", "clip"] = "reject"
+    """What happens to an update above `max_norm`."""
+    checkpoint_every: Annotated[int, Field(ge=1)] = 1
+    """Versions between two checkpoints of an asynchronous run; rounds are all saved."""
+
+
 class OutputSection(Section):
     """What is written into the run folder."""
 
@@ -276,6 +300,7 @@ class Config(Section):
     scheduler: SchedulerSection = SchedulerSection()
     engine: EngineSection = EngineSection()
     evaluation: EvaluationSection = EvaluationSection()
+    deployment: DeploymentSection = DeploymentSection()
     output: OutputSection = OutputSection()
 
     @field_validator("client")
@@ -307,6 +332,7 @@ TABLES: dict[str, type[Section] | type[LocalSpec]] = {
     "scheduler": SchedulerSection,
     "engine": EngineSection,
     "evaluation": EvaluationSection,
+    "deployment": DeploymentSection,
     "output": OutputSection,
 }
 """Every table of a configuration file."""

@@ -94,11 +94,18 @@ class Engine(Protocol):
         """The next event in time; `Drained` when none can come."""
         ...
 
+    def settle(self) -> list[Event]:
+        """A round is about to close without everybody: what was acknowledged and not yet announced.
+
+        Until the next `next_event`, or the next round, no answer is taken.
+        """
+        ...
+
     def collect(self, ids: Ids, base_version: Ids) -> Iterator[UpdateBlock | Failed]:
         """The answers of these tasks in the order of the engine's plan for them; asked for once."""
         ...
 
-    def commit(self, ids: Ids) -> None:
+    def commit(self, ids: Ids, base_version: Ids) -> None:
         """These answers were folded into a committed model: their client states become current."""
         ...
 

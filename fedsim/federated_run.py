@@ -70,7 +70,7 @@ class FederatedRun:
             yield record
             outcome = self.last_outcome
             if outcome is not None and outcome.error is not None:
-                self._after_failure(outcome.error)
+                self.after_failure(outcome.error)
             elif record["received"] or not self.federation.asynchronous:
                 # A window in which nobody was due says nothing: those between two failures do not count.
                 self.failed_in_a_row = 0
@@ -118,7 +118,12 @@ class FederatedRun:
         }
         return record
 
-    def _after_failure(self, error: RunFailed) -> None:
+    def after_failure(self, error: RunFailed) -> None:
+        """What ``[round] on_failed`` wants after a failed round.
+
+        Raises:
+            RunFailed: the run ends with it.
+        """
         policy = self.config.round
         self.failed_in_a_row += 1
         if policy.on_failed == "stop" or self.failed_in_a_row >= policy.max_failed:

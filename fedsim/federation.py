@@ -119,6 +119,12 @@ class Federation:
         """Whether tasks go on when a window closes."""
         return self.scheduler.mode == "async"
 
+    @property
+    def in_flight(self) -> tuple[Ids, Ids]:
+        """[t] clients and base versions of the tasks that go on after the last window."""
+        rows = self._table.rows(Status.IN_FLIGHT)[slice(None) if self.asynchronous else slice(0)]
+        return self._table.ids[rows], self._table.base_version[rows]
+
     def restore(self, state: RunState, ids: Ids, base_version: Ids, messages: Mapping[int, Message]) -> None:
         """Continue after the window that `state` was saved at, with these tasks in flight.
 
@@ -153,6 +159,9 @@ class Federation:
                 elif isinstance(command, CloseWindow):
                     close = True
             if close:
+                if not self.asynchronous and window.count(Status.IN_FLIGHT):
+                    for late in self.engine.settle():
+                        window, _ = rounds.on_event(window, late)
                 window, troubles = self._fold_received(window, folding)
                 # While others work, or could, they make up for the refused and failed.
                 reopen = bool(troubles) and not self._satisfied(window)
@@ -308,7 +317,7 @@ class Federation:
             if logged[trouble]:
                 logged[trouble] -= 1
             else:
-                folding.clients.add_missing(trouble[0], "lost", trouble[1])
+                folding.clients.add_missing(trouble[0], _verdict_on(window, trouble[0]), trouble[1])
         record = {
             "round": window.index + 1,
             "version": self.state.version,
@@ -350,7 +359,7 @@ class Federation:
         if self.transform is not None and self.transform.after_reduce is not None:
             transform_state, reduced = self.transform.after_reduce(state.transform, reduced, info, self.seed)
         new, metrics = self.strategy.apply(state.strategy, reduced, info)
-        self.engine.commit(ids)
+        self.engine.commit(ids, ids if meta is None else meta.base_version)
         self.rows.commit(ids)
         self.state = RunState(
             state.round_index + 1,
@@ -366,3 +375,9 @@ class Federation:
     def skip_window(self) -> None:
         """After a failed window: let the round pass, the model stays."""
         self.state = self.state._replace(round_index=self.state.round_index + 1, failures=0)
+
+
+def _verdict_on(window: WindowState, client: int) -> str:
+    """Of a client whose answer never reached the folding."""
+    status = window.status[window.ids == client]
+    return "refused" if Status.REFUSED in status and Status.LOST not in status else "lost"

@@ -58,6 +58,7 @@ class Scripted:
         self.committed: list[list[int]] = []
         self.cancelled = 0
         self.collected: list[int] = []
+        self.unannounced: list[Event] = []  # what `settle` tells
 
     def submit(self, task: Task) -> None:
         self.tasks.append(task)
@@ -71,6 +72,10 @@ class Scripted:
         self.now, event = self.script.pop(0)
         return event
 
+    def settle(self) -> list[Event]:
+        acknowledged, self.unannounced = self.unannounced, []
+        return acknowledged
+
     def collect(self, ids: Ids, base_version: Ids) -> Iterator[UpdateBlock | Failed]:
         for client in ids.tolist():
             self.collected.append(client)
@@ -79,7 +84,7 @@ class Scripted:
             else:
                 yield answer([client], delta=float("nan") if client in self.damaged else None)
 
-    def commit(self, ids: Ids) -> None:
+    def commit(self, ids: Ids, base_version: Ids) -> None:
         self.committed.append(ids.tolist())
 
     def cancel(self) -> None:

@@ -124,6 +124,9 @@ class SimulatedEngine:
             self.announced.update(zip(event.ids.tolist(), event.base_version.tolist(), strict=True))
         return event or Drained()
 
+    def settle(self) -> list[Event]:
+        return []  # nothing is acknowledged before it is announced
+
     def collect(self, ids: Ids, base_version: Ids) -> Iterator[UpdateBlock | Failed]:
         wanted = list(zip(ids.tolist(), base_version.tolist(), strict=True))
         missing = [key for key in wanted if key in self.sent and key not in self.ready]
@@ -137,7 +140,7 @@ class SimulatedEngine:
             yield from self._compute(alike, early)
         self._forget(ids, base_version)
 
-    def commit(self, ids: Ids) -> None:
+    def commit(self, ids: Ids, base_version: Ids) -> None:
         self.store.commit(ids)
         for key in self.announced:  # of clients that have left
             self.sent.pop(key, None)

@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 from fedsim.keys import Purpose, stream_keys
 from fedsim.local import LocalAlgorithm
 from fedsim.optimizers import make_optimizer
-from fedsim.training.work import Trained, Trainer, Work, Workplace, client_message
+from fedsim.training.work import Trained, Trainer, Work, Workplace, client_lent, client_message
 from fedsim.transform import UpdateTransform
 from fedsim.types import Bools, Ids, Message
 
@@ -108,3 +108,24 @@ def _repeated(leaf: Tensor, clients: int) -> Tensor:
 def _named(tree: Any, part: str) -> dict[str, Tensor]:
     """The leaves of a state as named rows."""
     return {f"{part}-{i:03d}": leaf for i, leaf in enumerate(pytree.tree_leaves(tree))}
+
+
+def reported(
+    place: Workplace, algorithm: LocalAlgorithm, message: Message, lent: Any
+) -> tuple[dict[str, int], tuple[str, ...]]:
+    """What every answer to a message holds, found without any data and without memory for tensors.
+
+    Args:
+        message: flat; lent: one client's rows, leading 1, or ().
+
+    Returns:
+        Names and lengths of the reported vectors, and names of the scalars.
+    """
+    empty, held = pytree.tree_map(lambda leaf: leaf.to("meta"), (message, lent))
+    msg = client_message(Message(*empty), place.spec)
+    rows = pytree.tree_map(lambda leaf: leaf[0], client_lent(held, place.spec))
+    state = algorithm.fresh(msg)
+    x, carry = algorithm.init(msg, rows, state)
+    result, _, _ = algorithm.finish(msg, rows, state, x, carry, torch.ones((), device="meta"))
+    sizes = {name: place.spec.flatten(vector).numel() for name, vector in result.vectors.items()}
+    return sizes, tuple(result.scalars)

@@ -1,0 +1,258 @@
+"""What is durable of one run: its journal, its plan, the verdicts on answers, its windows.
+
+Functions that take a connection run inside the writer's transaction. An answer, its verdict and its line
+in the journal are one transaction, and a task has one verdict: at-least-once delivery counts once.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from sqlalchemy import Connection, delete, func, insert, select, update
+
+from fedsim.journal import DECISIONS, Entry
+from fedsim.server.board import OpenTask
+from fedsim.server.database import Database
+from fedsim.server.tables import events, journal, run_members, runs, submissions, tasks, windows
+
+
+class Window(NamedTuple):
+    """A committed or failed window, as a row."""
+
+    window: int
+    attempt: int
+    version: int
+    outcome: str
+    record: str
+    state_name: str
+    state_digest: bytes | None
+    journal_seq: int
+    clock: float
+
+
+class Standing(NamedTuple):
+    """What the ledger says of a task.
+
+    Args:
+        state: open, failed, rejected or closed.
+        verdict: on its answer, None without one; reason: of the verdict.
+    """
+
+    state: str
+    verdict: int | None
+    reason: str | None
+
+
+class RunLedger:
+    """The rows of one run.
+
+    Args:
+        database: of the coordinator.
+        run_id: whose.
+    """
+
+    def __init__(self, database: Database, run_id: str) -> None:
+        self.database = database
+        self.run_id = run_id
+        with database.read() as connection:
+            last = connection.execute(
+                select(func.max(journal.c.seq)).where(journal.c.run_id == run_id)
+            ).scalar()
+            passed = connection.execute(
+                select(func.max(windows.c.journal_seq)).where(windows.c.run_id == run_id)
+            ).scalar()
+        self.seq = max(last or 0, passed or 0)  # only the writer thread counts on
+
+    # ------------------------------------------------------------ inside the writer's transaction
+
+    def note(
+        self, connection: Connection, lines: Iterable[tuple[int, str, float, Mapping[str, Any]]]
+    ) -> list[Entry]:
+        """Write lines (window, kind, now, payload) into the journal."""
+        entries: list[Entry] = []
+        for window, kind, now, payload in lines:
+            self.seq += 1
+            entries.append(Entry(self.seq, window, kind, now, dict(payload)))
+        if entries:
+            connection.execute(
+                insert(journal),
+                [
+                    {
+                        "run_id": self.run_id, "seq": e.seq, "window": e.window, "kind": e.kind,
+                        "now": e.now, "payload": json.dumps(e.payload, separators=(",", ":")),
+                    }
+                    for e in entries
+                ],
+            )  # fmt: skip
+        return entries
+
+    def plan(self, connection: Connection, window: int, attempt: int, planned: Sequence[OpenTask]) -> None:
+        """Write the tasks of a dispatch, before any is offered."""
+        connection.execute(
+            insert(tasks),
+            [
+                {
+                    "task_id": t.task_id, "run_id": self.run_id, "window": window, "attempt": attempt,
+                    "client": t.client, "version": t.version, "round_index": t.round_index,
+                    "round_attempt": t.round_attempt, "state": "open", "dispatched": t.dispatched,
+                    "local": t.local, "steps": t.steps, "message_digest": t.message.object.digest,
+                    "lent_digest": None if t.lent is None else t.lent.object.digest,
+                }
+                for t in planned
+            ],
+        )  # fmt: skip
+
+    def submit(self, connection: Connection, row: Mapping[str, Any]) -> None:
+        """Write the verdict on a task; the caller has seen that there is none."""
+        connection.execute(insert(submissions), {"run_id": self.run_id, "received": time.time(), **row})
+
+    def standing(self, connection: Connection, task_id: bytes) -> Standing | None:
+        """Where a task stands; None where it is not known, or not any more."""
+        found = connection.execute(
+            select(tasks.c.state, submissions.c.verdict, submissions.c.reason)
+            .select_from(tasks.outerjoin(submissions, tasks.c.task_id == submissions.c.task_id))
+            .where(tasks.c.task_id == task_id, tasks.c.run_id == self.run_id)
+        ).first()
+        return None if found is None else Standing(*found)
+
+    def strike(self, connection: Connection, client: int, most: int) -> bool:
+        """One refused update more of this client; whether it is excluded now."""
+        mine = (run_members.c.run_id == self.run_id) & (run_members.c.client == client)
+        connection.execute(update(run_members).where(mine).values(strikes=run_members.c.strikes + 1))
+        strikes = connection.execute(select(run_members.c.strikes).where(mine)).scalar() or 0
+        if strikes < most:
+            return False
+        connection.execute(update(run_members).where(mine).values(excluded=f"{strikes} refused updates"))
+        return True
+
+    def commit(
+        self,
+        connection: Connection,
+        row: Window,
+        *,
+        folded: Sequence[bytes],
+        cancelled: Sequence[bytes],
+        previous: Window | None,
+        forget_before: int,
+        progress: Mapping[str, Any],
+    ) -> list[bytes]:
+        """The window is committed: its row, the run's row, and what is no longer needed goes.
+
+        Args:
+            folded: tasks whose answers the new version contains.
+            cancelled: tasks that nobody answers any more.
+            previous: the checkpoint before; what it was made of is kept no longer.
+            forget_before: journal number; lines below belong to states that nobody returns to.
+            progress: further columns of the run's row.
+
+        Returns:
+            Digests of update files that no row names any more.
+        """
+        connection.execute(
+            insert(windows), {"run_id": self.run_id, **row._asdict(), "committed_at": time.time()}
+        )
+        connection.execute(
+            update(runs)
+            .where(runs.c.run_id == self.run_id)
+            .values(rounds_done=row.window + (row.outcome != "failed"), recoveries=0, **progress)
+        )
+        for start in range(0, len(folded), 500):
+            part = folded[start : start + 500]
+            connection.execute(update(tasks).where(tasks.c.task_id.in_(part)).values(folded_in=row.version))
+        self.close_tasks(connection, cancelled, "closed")
+        connection.execute(
+            delete(journal).where(journal.c.run_id == self.run_id, journal.c.seq <= forget_before)
+        )
+        self.tell(connection, "round", json.loads(row.record))
+        return [] if previous is None else self._forget_tasks(connection, previous)
+
+    def tell(self, connection: Connection, type: str, data: Mapping[str, Any]) -> None:
+        """An event for watchers."""
+        connection.execute(
+            insert(events),
+            {"run_id": self.run_id, "type": type, "data": json.dumps(data), "time": time.time()},
+        )
+
+    def set_state(self, connection: Connection, state: str, detail: str = "") -> None:
+        """The run is in this state, and watchers hear of it."""
+        connection.execute(
+            update(runs).where(runs.c.run_id == self.run_id).values(state=state, detail=detail)
+        )
+        self.tell(connection, "state", {"state": state, "detail": detail})
+
+    def _forget_tasks(self, connection: Connection, now: Window) -> list[bytes]:
+        """Drop tasks and verdicts that are over, but for those that the last two versions came from."""
+        old = (tasks.c.run_id == self.run_id) & (
+            (tasks.c.folded_in < now.version - 1)
+            | ((tasks.c.state != "open") & (tasks.c.window < now.window - 1))
+        )
+        gone = connection.execute(
+            select(tasks.c.task_id, submissions.c.digest, submissions.c.place)
+            .select_from(tasks.outerjoin(submissions, tasks.c.task_id == submissions.c.task_id))
+            .where(old)
+        ).all()
+        names = [name for name, _, _ in gone]
+        for start in range(0, len(names), 500):
+            part = names[start : start + 500]
+            connection.execute(delete(submissions).where(submissions.c.task_id.in_(part)))
+            connection.execute(delete(tasks).where(tasks.c.task_id.in_(part)))
+        files = {digest for _, digest, place in gone if place == "object"}
+        named = select(submissions.c.digest).where(submissions.c.digest.in_(files)) if files else None
+        kept = set() if named is None else set(connection.execute(named).scalars())
+        return sorted(files - kept)
+
+    def close_tasks(self, connection: Connection, ids: Sequence[bytes], state: str) -> None:
+        """Tasks that nobody has to do any more."""
+        for start in range(0, len(ids), 500):
+            part = ids[start : start + 500]
+            connection.execute(update(tasks).where(tasks.c.task_id.in_(part)).values(state=state))
+
+    # ------------------------------------------------------------ reading, when a run is taken up
+
+    def committed(self, most: int = 2) -> list[Window]:
+        """The last windows that moved the model on, newest first."""
+        columns = [windows.c[name] for name in Window._fields]
+        with self.database.read() as connection:
+            rows = connection.execute(
+                select(*columns)
+                .where(windows.c.run_id == self.run_id, windows.c.state_name != "")
+                .order_by(windows.c.version.desc(), windows.c.window.desc(), windows.c.attempt.desc())
+                .limit(most)
+            ).all()
+        return [Window(*row) for row in rows]
+
+    def records(self) -> list[str]:
+        """JSON of every window's record in order, failed ones too."""
+        with self.database.read() as connection:
+            found = connection.execute(
+                select(windows.c.record)
+                .where(windows.c.run_id == self.run_id)
+                .order_by(windows.c.window, windows.c.attempt)
+            )
+            return [str(record) for (record,) in found]
+
+    def entries(self, decision_seq: int, event_seq: int) -> list[Entry]:
+        """The journal after a checkpoint: decisions and events are counted apart."""
+        with self.database.read() as connection:
+            rows = connection.execute(
+                select(journal.c.seq, journal.c.window, journal.c.kind, journal.c.now, journal.c.payload)
+                .where(journal.c.run_id == self.run_id, journal.c.seq > min(decision_seq, event_seq))
+                .order_by(journal.c.seq)
+            ).all()
+        found = [Entry(seq, window, kind, now, json.loads(text)) for seq, window, kind, now, text in rows]
+        return [e for e in found if e.seq > (decision_seq if e.kind in DECISIONS else event_seq)]
+
+    def task_rows(self) -> list[Any]:
+        """Every task that is not forgotten, with its verdict where it has one (else None)."""
+        answer = [c for c in submissions.c if c.name not in ("task_id", "run_id", "client")]
+        with self.database.read() as connection:
+            return list(
+                connection.execute(
+                    select(*tasks.c, *answer)
+                    .select_from(tasks.outerjoin(submissions, tasks.c.task_id == submissions.c.task_id))
+                    .where(tasks.c.run_id == self.run_id)
+                ).mappings()
+            )

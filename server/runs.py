@@ -1,0 +1,483 @@
+"""All runs of a coordinator: taken up, submitted, paused, stopped; and where their tasks and answers go."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import secrets
+import threading
+import time
+import tomllib
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import insert, select, update
+
+from fedsim.config import from_dict, resolve, to_toml
+from fedsim.errors import ConfigError, FedsimError
+from fedsim.identity import Key
+from fedsim.pb import federation_pb2 as pb
+from fedsim.runs.folder import RunFolder
+from fedsim.server.board import OPEN, Board, OpenTask, RunFacts, UpdateLimits
+from fedsim.server.database import Database
+from fedsim.server.desk import Decision, Desk, Place
+from fedsim.server.members import Candidate, Members
+from fedsim.server.objects import Objects
+from fedsim.server.planning import Planner
+from fedsim.server.run_ledger import RunLedger
+from fedsim.server.run_thread import FINISHED, MAX_RECOVERIES, RunThread
+from fedsim.server.segments import Segments
+from fedsim.server.server_run import ServerRun, server_config
+from fedsim.server.tables import events, runs, submissions, tasks
+from fedsim.wire import client_config
+
+log = logging.getLogger(__name__)
+
+PAUSED_RETRY_SECONDS = 5.0
+SWEEP_SECONDS = 1.0
+
+
+class NoSuchRun(FedsimError):
+    """No run, or more than one, goes by this name."""
+
+    exit_code = 2
+    default_code = "FS-SRV-051"
+
+
+class Runs:
+    """Thread-safe; the service and operators call it.
+
+    Args:
+        database, objects, segments: of the coordinator.
+        state: its folder; run folders lie in ``runs/`` below it.
+        key: of the server, which signs tasks.
+        candidates: (label expression, node ids) -> those of them that are approved clients and fit.
+        inline_bytes: bundles up to this size travel inside offers.
+        lease_seconds: after which a task is given up whose node never came for it.
+    """
+
+    def __init__(
+        self,
+        database: Database,
+        objects: Objects,
+        segments: Segments,
+        state: Path,
+        key: Key,
+        *,
+        candidates: Callable[[str, frozenset[str]], list[Candidate]],
+        inline_bytes: int,
+        lease_seconds: float,
+    ) -> None:
+        self.database, self.objects, self.segments = database, objects, segments
+        self.runs_folder = state / "runs"
+        self.board = Board(key)
+        self.on_events: Callable[[], None] = lambda: None
+        self._candidates = candidates
+        self._inline_bytes, self._lease_seconds = inline_bytes, lease_seconds
+        self._door = threading.RLock()
+        self._threads: dict[str, RunThread] = {}
+        self._desks: dict[str, Desk] = {}
+        self._online: frozenset[str] = frozenset()
+        self._seen: dict[str, float] = {}  # node -> when it was last known to be there, monotonic
+        self._began = time.monotonic()
+        self._closing = threading.Event()
+        self._sweeper = threading.Thread(target=self._sweep, name="tasks-sweeper", daemon=True)
+
+    # ------------------------------------------------------------ for the service of nodes
+
+    @property
+    def on_offers(self) -> Callable[[], None]:
+        """Called from any thread when tasks may be taken."""
+        return self.board.on_offers
+
+    @on_offers.setter
+    def on_offers(self, callback: Callable[[], None]) -> None:
+        self.board.on_offers = callback
+
+    def offer(self, node_id: str) -> OpenTask | None:
+        """The task that this node should do now; the same one again while it is open."""
+        return self.board.next_for(node_id)
+
+    def task(self, task_id: bytes) -> OpenTask | None:
+        """A task that is open, or whose window is."""
+        return self.board.task(task_id)
+
+    def cancelled(self, task_id: bytes) -> bool:
+        """Whether an answer to this task would not count any more."""
+        task = self.board.task(task_id)
+        return task is None or task.status != OPEN
+
+    def fetchable(self, node_id: str, digest: bytes) -> bytes | Path | None:
+        """What a digest stands for in a live task of this node."""
+        return self.board.fetchable(node_id, digest)
+
+    def accept(
+        self, task: OpenTask, body: pb.SubmitBody, request: pb.SubmitRequest, place: Place
+    ) -> Future[Decision]:
+        """A valid update; durable before the future is done."""
+        desk = self._desks.get(task.run_id)
+        return _done(self._closed_run()) if desk is None else desk.accept(task, body, request, place)
+
+    def reject(
+        self, task: OpenTask, body: pb.SubmitBody, request: pb.SubmitRequest, reason: str, text: str
+    ) -> Future[Decision]:
+        """An update that must not count."""
+        desk = self._desks.get(task.run_id)
+        return _done(self._closed_run()) if desk is None else desk.reject(task, body, request, reason, text)
+
+    def fail(self, task: OpenTask, code: str, text: str) -> Future[Decision]:
+        """The client could not do the task."""
+        desk = self._desks.get(task.run_id)
+        reason = f"{code}: {text}" if text else code
+        return _done(self._closed_run()) if desk is None else desk.fail(task, reason)
+
+    def expired(self, task_id: bytes) -> None:
+        """The lease of a task is over."""
+        task = self.board.task(task_id)
+        desk = None if task is None else self._desks.get(task.run_id)
+        if task is not None and desk is not None and task.status == OPEN and desk.expired(task) is None:
+            self.board.on_offers()
+
+    def earlier(self, node_id: str, body: pb.SubmitBody) -> Decision | None:
+        """What a submission is answered whose task is not open; None where this node never had it."""
+        with self.database.read() as connection:
+            row = connection.execute(
+                select(
+                    tasks.c.state, tasks.c.run_id, tasks.c.client, submissions.c.verdict, submissions.c.reason
+                )
+                .select_from(tasks.outerjoin(submissions, tasks.c.task_id == submissions.c.task_id))
+                .where(tasks.c.task_id == body.task_id)
+            ).first()
+        if row is None:
+            return Decision(pb.LATE, "late", "the task is not known any more")
+        state, run_id, client, verdict, reason = row
+        thread = self._threads.get(run_id)
+        if thread is not None and thread.members.client_of(node_id) != client:
+            return None
+        if verdict is not None:
+            return Decision(pb.DUPLICATE, reason, "the task was answered before", first=verdict)
+        if state == "open" and run_id not in self._desks and self._state_of(run_id) not in FINISHED:
+            return self._closed_run()
+        return Decision(pb.LATE, "late", "the round closed without this answer")
+
+    def set_online(self, node_ids: frozenset[str]) -> None:
+        """These nodes are there."""
+        now = time.monotonic()
+        for node in self._online | node_ids:
+            self._seen[node] = now
+        self._online = node_ids
+        for thread in list(self._threads.values()):
+            thread.members.set_online(node_ids)
+
+    def revoke(self, node_id: str) -> None:
+        """This node takes no part any more; its answers in open windows do not count."""
+        for run_id, thread in list(self._threads.items()):
+            thread.members.revoke(node_id)
+            desk = self._desks.get(run_id)
+            if desk is not None:
+                for task in [t for t in list(thread.engine.tasks.values()) if t.node_id == node_id]:
+                    desk.withdraw(task).result()
+
+    # ------------------------------------------------------------ for operators
+
+    def submit(self, config_toml: str, name: str, run_key: str, nodes: str) -> pb.Run:
+        """Start a run; the same key and content is the same run.
+
+        Raises:
+            ConfigError: the configuration cannot be run; FS-SRV-052, the key belongs to another run.
+        """
+        content = hashlib.sha256("\0".join((config_toml, name, nodes)).encode()).digest()
+        with self._door:
+            known = self._by_key(run_key) if run_key else None
+            if known is not None:
+                if known.content_digest != content:
+                    raise ConfigError(
+                        "this run key belongs to another run",
+                        code="FS-SRV-052",
+                        where=f"run key {run_key!r}",
+                        why=f"run {known.run_id} was submitted under it with another configuration",
+                        hint="submit under another key",
+                    )
+                return self.get(known.run_id)
+            run = ServerRun(_config_of(config_toml))
+            run_id = secrets.token_hex(6)
+            title = name or run.config.run.name or f"{run.config.strategy.name}-{run.data.dataset.name}"
+            folder = RunFolder.create(
+                self.runs_folder,
+                title,
+                config_text=to_toml(run.config),
+                facts={**run.facts, "baseline": None, "run_id": run_id},
+                command=["fedsim", "run", "--engine", "server"],
+            )
+            row = {
+                "run_id": run_id, "name": title, "run_key": run_key or None, "content_digest": content,
+                "config": to_toml(run.config), "nodes": nodes, "state": "running", "created": time.time(),
+                "folder": folder.path.name,
+            }  # fmt: skip
+            self.database.writer.run(lambda connection: connection.execute(insert(runs), row).rowcount)
+            self._start(run, run_id, title, nodes, folder)
+        return self.get(run_id)
+
+    def list(self) -> Sequence[pb.Run]:
+        """All runs, oldest first."""
+        with self.database.read() as connection:
+            rows = connection.execute(select(runs).order_by(runs.c.created)).all()
+        return [self._described(row) for row in rows]
+
+    def get(self, run: str) -> pb.Run:
+        """One run by its identifier, the beginning of it, or its name.
+
+        Raises:
+            NoSuchRun: none, or several.
+        """
+        return self._described(self._row(run))
+
+    def pause(self, run: str) -> pb.Run:
+        """Stop a run at once, to be resumed."""
+        row = self._row(run)
+        thread = self._threads.get(row.run_id)
+        if thread is not None:
+            thread.halt("paused", "by an operator")
+            thread.join()
+        return self.get(row.run_id)
+
+    def resume(self, run: str) -> pb.Run:
+        """Go on with a run that is paused, stopped or failed."""
+        row = self._row(run)
+        with self._door:
+            if row.run_id not in self._threads:
+                self._take_up(row)
+        return self.get(row.run_id)
+
+    def stop(self, run: str, now: bool) -> pb.Run:
+        """End a run, after its open round or at once."""
+        row = self._row(run)
+        thread = self._threads.get(row.run_id)
+        if thread is None:
+            if row.state not in FINISHED:
+                self._set_state(row.run_id, "stopped", "by an operator")
+        elif now:
+            thread.halt("stopped", "by an operator")
+            thread.join()
+        else:
+            thread.end_after_round("stopped", "by an operator")
+            self._set_state(row.run_id, "stopping", "after the open round")
+        return self.get(row.run_id)
+
+    def events(self, run_id: str, after: int) -> Sequence[pb.Event]:
+        """What happened in a run after a revision, oldest first; 1,000 at most."""
+        with self.database.read() as connection:
+            rows = connection.execute(
+                select(events)
+                .where(events.c.revision > after, events.c.run_id == run_id)
+                .order_by(events.c.revision)
+                .limit(1000)
+            ).all()
+        return [
+            pb.Event(revision=r.revision, run_id=r.run_id, type=r.type, data=r.data, time=r.time)
+            for r in rows
+        ]
+
+    def folder(self, run: str) -> Path:
+        """The run folder of a run."""
+        return self.runs_folder / str(self._row(run).folder)
+
+    # ------------------------------------------------------------ start and end
+
+    def recover(self) -> None:
+        """Take up every run that was running when the coordinator ended; start watching over tasks."""
+        self._sweeper.start()
+        with self.database.read() as connection:
+            rows = connection.execute(select(runs).order_by(runs.c.created)).all()
+        named = self._named_objects()
+        self.objects.sweep(named)
+        for row in rows:
+            if row.state not in ("running", "stopping"):
+                continue
+            if row.recoveries >= MAX_RECOVERIES:
+                detail = f"crash_loop: taken up {row.recoveries} times without completing a round"
+                self._set_state(row.run_id, "paused", detail)
+                continue
+            self._count_recovery(row.run_id)
+            try:
+                self._take_up(row)
+            except FedsimError as error:
+                log.error("run=%s cannot be taken up: %s", row.run_id, error)
+                self._set_state(row.run_id, "paused", f"{error.code}: {error.what}")
+
+    def close(self) -> None:
+        """Stop every run where it is; a coordinator on the same state goes on there."""
+        self._closing.set()
+        with self._door:
+            threads = list(self._threads.values())
+        for thread in threads:
+            ending = thread.ending is not None
+            thread.halt("stopping" if ending else "running", "the coordinator is down")
+        for thread in threads:
+            thread.join()
+        if self._sweeper.is_alive():
+            self._sweeper.join()
+
+    def _named_objects(self) -> set[bytes]:
+        with self.database.read() as connection:
+            found = connection.execute(select(tasks.c.message_digest, tasks.c.lent_digest)).all()
+            named = {digest for row in found for digest in row if digest}
+            named |= set(connection.execute(select(submissions.c.digest)).scalars())
+        return named
+
+    def _take_up(self, row: Any) -> None:
+        folder = RunFolder(self.runs_folder / row.folder)
+        run = ServerRun(_config_of(row.config))
+        folder.add_session(["fedsim", "server"])
+        self._start(run, row.run_id, row.name, row.nodes, folder, stopping=row.state == "stopping")
+
+    def _start(
+        self, run: ServerRun, run_id: str, name: str, nodes: str, folder: RunFolder, *, stopping: bool = False
+    ) -> None:
+        ledger = RunLedger(self.database, run_id)
+        members = Members(
+            self.database, run_id, run.population, lambda online: self._candidates(nodes, online)
+        )
+        members.set_online(self._online)
+        limits = run.config.deployment
+        facts = RunFacts(
+            run_id,
+            name,
+            client_config(run.config),
+            run.spec.digest,
+            run.population,
+            UpdateLimits(limits.max_weight, limits.max_norm, limits.over_norm),
+            self._inline_bytes,
+            self._lease_seconds,
+        )
+        planner = Planner(
+            facts,
+            objects=self.objects,
+            segments=self.segments,
+            node_of=members.node_of,
+            layout=run.layout,
+            durable=not run.synchronous,
+        )
+        thread = RunThread(
+            run,
+            folder,
+            ledger=ledger,
+            board=self.board,
+            planner=planner,
+            members=members,
+            segments=self.segments,
+            on_ready=self._ready,
+            on_end=self._ended,
+            on_change=lambda: self.on_events(),
+        )
+        if stopping:
+            thread.end_after_round("stopped", "by an operator")
+        self._threads[run_id] = thread
+        thread.start()
+
+    def _ready(self, thread: RunThread) -> None:
+        limits = thread.run_parts.config.deployment
+        self._desks[thread.ledger.run_id] = Desk(
+            thread.engine,
+            self.board,
+            self.segments,
+            max_strikes=limits.max_strikes,
+            excluded=thread.members.exclude,
+            max_attempts=limits.max_attempts,
+            waits=limits.on_expired == "wait",
+        )
+
+    def _ended(self, thread: RunThread) -> None:
+        with self._door:
+            self._desks.pop(thread.ledger.run_id, None)
+            self._threads.pop(thread.ledger.run_id, None)
+
+    # ------------------------------------------------------------ parts
+
+    def _sweep(self) -> None:
+        """Give up tasks whose nodes went away before they came for them."""
+        while not self._closing.wait(SWEEP_SECONDS):
+            now = time.monotonic()
+            for thread in list(self._threads.values()):
+                engine = getattr(thread, "engine", None)
+                for task in [] if engine is None else list(engine.tasks.values()):
+                    if task.status != OPEN or task.node_id in self._online:
+                        continue
+                    since = max(self._seen.get(task.node_id, self._began), task.offered_at)
+                    if now - since > self._lease_seconds:
+                        task.offered_at = now
+                        self.expired(task.task_id)
+
+    def _closed_run(self) -> Decision:
+        text = "the run is not taking answers now; send it again"
+        return Decision(pb.RETRY, "paused", text, delay=PAUSED_RETRY_SECONDS)
+
+    def _count_recovery(self, run_id: str) -> None:
+        again = update(runs).where(runs.c.run_id == run_id).values(recoveries=runs.c.recoveries + 1)
+        self.database.writer.run(lambda connection: connection.execute(again).rowcount)
+
+    def _state_of(self, run_id: str) -> str:
+        with self.database.read() as connection:
+            return str(connection.execute(select(runs.c.state).where(runs.c.run_id == run_id)).scalar())
+
+    def _set_state(self, run_id: str, state: str, detail: str) -> None:
+        ledger = RunLedger(self.database, run_id)
+        self.database.writer.run(lambda connection: ledger.set_state(connection, state, detail))
+        self.on_events()
+
+    def _by_key(self, run_key: str) -> Any:
+        with self.database.read() as connection:
+            return connection.execute(select(runs).where(runs.c.run_key == run_key)).first()
+
+    def _row(self, run: str) -> Any:
+        with self.database.read() as connection:
+            rows = connection.execute(select(runs).order_by(runs.c.created)).all()
+        exact = [r for r in rows if run in (r.run_id, r.name, r.folder)]
+        found = exact[-1:] or [r for r in rows if run and r.run_id.startswith(run)]
+        if len(found) != 1:
+            known = ", ".join(f"{r.run_id} ({r.name})" for r in rows[-5:]) or "none"
+            raise NoSuchRun(
+                f"no run is called {run!r}" if not found else f"{run!r} fits more than one run",
+                code="FS-SRV-051",
+                why=f"the last runs: {known}",
+                hint="fedsim ls --connect … lists all",
+            )
+        return found[0]
+
+    def _described(self, row: Any) -> pb.Run:
+        thread = self._threads.get(row.run_id)
+        config = tomllib.loads(row.config)
+        record = "" if thread is None or thread.last_record is None else json.dumps(thread.last_record)
+        return pb.Run(
+            run_id=row.run_id,
+            name=row.name,
+            state=row.state,
+            detail=row.detail,
+            rounds_done=max(0, row.rounds_done),
+            rounds=config["run"]["rounds"],
+            clients=0 if thread is None else thread.run_parts.population,
+            online=0 if thread is None else thread.members.count(),
+            record=record,
+            folder=row.folder,
+            bytes_down=row.bytes_down,
+            bytes_up=row.bytes_up,
+            client_seconds=row.client_seconds,
+        )
+
+
+def _config_of(text: str) -> Any:
+    try:
+        values = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError("the configuration is no TOML", code="FS-CFG-131", why=str(error)) from error
+    values.pop("expected", None)
+    return server_config(resolve(from_dict(values), {}))
+
+
+def _done(decision: Decision) -> Future[Decision]:
+    future: Future[Decision] = Future()
+    future.set_result(decision)
+    return future
