@@ -59,7 +59,7 @@ def row_of(answer: Answer, body: pb.SubmitBody, request: pb.SubmitRequest) -> di
         "place": answer.place,
         "examples": answer.examples,
         "local_steps": answer.local_steps,
-        "normaliser": answer.normaliser,
+        "normaliser": None if math.isnan(answer.normaliser) else answer.normaliser,
         "train_seconds": answer.seconds,
         "metrics": json.dumps(answer.metrics),
         "body": request.body,
@@ -78,7 +78,7 @@ def answer_of(row: Mapping[str, Any]) -> Answer:
         row["place"],
         row["examples"],
         row["local_steps"],
-        row["normaliser"],
+        math.nan if row["normaliser"] is None else row["normaliser"],
         row["train_seconds"],
         json.loads(row["metrics"]),
     )

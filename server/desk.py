@@ -16,6 +16,7 @@ from fedsim.journal import Entry
 from fedsim.pb import federation_pb2 as pb
 from fedsim.server.answers import Answer, own_metrics, row_of
 from fedsim.server.board import ANSWERED, CLOSED, OPEN, Board, OpenTask
+from fedsim.server.failpoints import reached
 from fedsim.server.remote import RemoteEngine
 from fedsim.server.segments import Segments, Window
 
@@ -110,6 +111,7 @@ class Desk:
             (entry,) = self._note(connection, task, "arrived", now, {"seconds": answer.seconds})
             row = {**row_of(answer, body, request), "seq": entry.seq, "verdict": pb.ACCEPTED}
             self.ledger.submit(connection, row)
+            reached("before_accept")
             return _Taken(Decision(pb.ACCEPTED), [entry], answer)
 
         return self._decide(task, operation)
@@ -196,6 +198,7 @@ class Desk:
         window, attempt = self.engine.window, self.engine.attempt
         segment = self.segments.of(Window(self.ledger.run_id, window, attempt))
         offset, _ = segment.append(place.content)
+        reached("update_appended")
         self.ledger.database.writer.before_commit(segment)
         return f"{window}/{attempt}/{offset}"
 
@@ -206,6 +209,7 @@ class Desk:
             if not taken.entries:
                 return
             if taken.answer is not None:
+                reached("after_accept")
                 self.engine.answers[task.client, task.version] = taken.answer
             if task.status == OPEN:
                 task.status = ANSWERED if taken.answer is not None else CLOSED

@@ -25,6 +25,7 @@ from fedsim.flat import ParamSpec
 from fedsim.journal import Entry, Playback, drawn, event_of
 from fedsim.server.answers import Answer, block_of
 from fedsim.server.board import ANSWERED, CLOSED, OPEN, Board, OpenTask
+from fedsim.server.failpoints import reached
 from fedsim.server.planning import Planner
 from fedsim.server.run_ledger import RunLedger
 from fedsim.types import Ids, Task, UpdateBlock
@@ -163,7 +164,9 @@ class RemoteEngine:
                 self.ledger.plan(connection, self.window, self.attempt, planned)
                 return self.ledger.note(connection, lines)
 
+            reached("before_plan")
             self.decision_seq = self.ledger.database.writer.run(plan)[-1].seq
+            reached("after_plan")
         self.adopt(planned)
 
     def adopt(self, planned: Sequence[OpenTask]) -> None:
@@ -192,6 +195,7 @@ class RemoteEngine:
             self._flush()
             entry = self.ledger.database.writer.run(close)[0]
             self.decision_seq = entry.seq
+            reached("after_settle")
         before = self.playback.before(entry.seq)
         while not self._events.empty():
             waiting = self._events.get()
@@ -281,6 +285,7 @@ class RemoteEngine:
             except (BundleError, OSError) as error:
                 log.error("client=%d an accepted update cannot be read: %s", client, error)
                 yield Failed(np.array([client]), "its update was lost on the disk", np.array([version]))
+            reached("one_folded")
 
     def commit(self, ids: Ids, base_version: Ids) -> None:
         for client, version in zip(ids.tolist(), base_version.tolist(), strict=True):

@@ -27,6 +27,7 @@ from fedsim.runs.folder import RunFolder
 from fedsim.server import run_folder, run_state
 from fedsim.server.answers import answer_of
 from fedsim.server.board import Board
+from fedsim.server.failpoints import reached
 from fedsim.server.ledger_errors import StorageFull
 from fedsim.server.members import Members
 from fedsim.server.planning import Planner
@@ -300,6 +301,7 @@ class RunThread(threading.Thread):
     def _commit(self, record: Record, outcome: str) -> None:
         """Make the window durable: by itself in a synchronous run, else by the journal until a checkpoint."""
         run, folder = self.run_parts, self.folder
+        reached("before_lines")
         folder.append_record(record)
         self._moved = self._moved[0] + record["bytes_down"], self._moved[1] + record["bytes_up"]
         if run.config.output.clients and run.last_clients is not None:
@@ -336,6 +338,7 @@ class RunThread(threading.Thread):
             run_folder.lengths(folder),
             outcome,
         )
+        reached("after_lines")
         index = record["round"] - 1
         attempt = engine.attempt if index >= 0 else 0
         name = f"{index + 1:06d}-{attempt}.safetensors"
@@ -358,7 +361,9 @@ class RunThread(threading.Thread):
                 progress={"bytes_down": runs.c.bytes_down + moved[0], "bytes_up": runs.c.bytes_up + moved[1]},
             )
 
+        reached("after_state")
         gone = self.ledger.database.writer.run(commit)
+        reached("after_commit")
         run.rows.pin()
         engine.folded, engine.cancelled = [], []
         self._moved = (0, 0)
@@ -366,6 +371,7 @@ class RunThread(threading.Thread):
         self._forget = min(engine.decision_seq, engine.event_seq)
         self._clear_away(gone, previous)
         self._previous = row
+        reached("after_clearing")
 
     def _clear_away(self, gone: Sequence[bytes], previous: Window | None) -> None:
         """Files that a return to the checkpoint before would not need."""
@@ -397,6 +403,7 @@ class RunThread(threading.Thread):
         self.on_end(self)
 
     def _finish(self, state: str, detail: str) -> None:
+        reached("before_finish")
         run, folder = self.run_parts, self.folder
         if hasattr(run, "federation"):
             folder.save_model(run.model_tensors(), "final")

@@ -31,7 +31,7 @@ from fedsim.server.run_ledger import RunLedger
 from fedsim.server.run_thread import FINISHED, MAX_RECOVERIES, RunThread
 from fedsim.server.segments import Segments
 from fedsim.server.server_run import ServerRun, server_config
-from fedsim.server.tables import events, runs, submissions, tasks
+from fedsim.server.tables import events, runs, submissions, tasks, uploads
 from fedsim.wire import client_config
 
 log = logging.getLogger(__name__)
@@ -326,6 +326,8 @@ class Runs:
             found = connection.execute(select(tasks.c.message_digest, tasks.c.lent_digest)).all()
             named = {digest for row in found for digest in row if digest}
             named |= set(connection.execute(select(submissions.c.digest)).scalars())
+            finished = select(uploads.c.digest).where(uploads.c.complete)
+            named |= set(connection.execute(finished).scalars())
         return named
 
     def _take_up(self, row: Any) -> None:

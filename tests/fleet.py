@@ -36,13 +36,19 @@ class Node:
     folder: Path
     key: Key = field(default_factory=Key.new)
     trainee: Trainee = field(default_factory=lambda: Trainee(Source()))
-    states: dict[bytes, Path] = field(default_factory=dict)
 
     @property
     def node_id(self) -> str:
         return self.key.node_id
 
-    def answer(self, offer: pb.Offer, content: Callable[[bytes], Any]) -> tuple[pb.SubmitRequest, Answer, bytes]:
+    def _state(self, task_id: bytes) -> Path | None:
+        """What was kept of a task, also by a process that was killed since."""
+        kept = list((self.folder / task_id.hex()).glob("*state*.safetensors")) if task_id else []
+        return kept[0] if kept else None
+
+    def answer(
+        self, offer: pb.Offer, content: Callable[[bytes], Any]
+    ) -> tuple[pb.SubmitRequest, Answer, bytes]:
         """Train the offered task; the submission, what it holds, and the bundle."""
         task = pb.Task.FromString(offer.body)
         out = self.folder / task.task_id.hex()
@@ -51,10 +57,8 @@ class Node:
         lent = None
         if task.HasField("lent") and task.lent.digest:
             lent = offer.lent or content(task.lent.digest)
-        state = self.states.get(task.last_folded) if task.last_folded else None
+        state = self._state(task.last_folded)
         found = self.trainee.train(Job(offer.body, message, lent, state, out))
-        if found.state is not None:
-            self.states[task.task_id] = found.state
         update = found.update if isinstance(found.update, bytes) else found.update.read_bytes()
         body = pb.SubmitBody(
             run_id=task.run_id,

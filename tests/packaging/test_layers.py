@@ -37,6 +37,8 @@ ONLY_IN = {
     "flwr_datasets": ("fedsim.data.flower", "fedsim.interop"),
     "grpc": (*WIRE, "fedsim.pb"),
     "grpc_health": WIRE,
+    "prometheus_client": ("fedsim.server",),
+    "psycopg": ("fedsim.server",),
     "opacus": ("fedsim.privacy",),
     "ray": ("fedsim.simulation.ray",),
     "sqlalchemy": ("fedsim.server",),

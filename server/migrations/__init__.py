@@ -1,0 +1,1 @@
+"""The steps from one schema of the coordinator's database to the next, run by alembic."""

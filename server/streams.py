@@ -1,0 +1,218 @@
+"""Objects on their way: down to a node by `Fetch`, up from it by `Upload`, in chunks with a CRC-32.
+
+Neither has a total deadline, both have an idle one: a slow link may take hours, a dead one is cut after a
+minute. One frame of an upload is in hand at a time and the next one is read when it is on disk, so that
+HTTP/2 slows the sender and memory does not grow. What a node may fetch is decided by its live task alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import zlib
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import Executor, Future, wait
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast
+
+import grpc
+from grpc import StatusCode
+
+from fedsim.pb import federation_pb2 as pb
+from fedsim.server.calls import Refused
+from fedsim.server.slots import Slot, Slots
+
+if TYPE_CHECKING:
+    from fedsim.server.runs import Runs
+    from fedsim.server.telemetry import Telemetry
+    from fedsim.server.uploads import Upload, Uploads
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+NOT_LEASED = "this task is not leased to this node"
+"""One text for a task of another node and for one that does not exist: guessing tells nothing."""
+MOST_CHUNK_BYTES = 3 * 1024 * 1024
+MOST_FETCHES = 4  # of one node at a time
+
+
+class Streams:
+    """The two streaming calls.
+
+    Args:
+        runs: says what a node may fetch and upload.
+        uploads: unfinished uploads on disk.
+        disk: threads for reading and writing.
+        slots: for uploads.
+        chunk_bytes: payload of a chunk.
+        idle_seconds: a download of which nothing is read for so long is cut.
+    """
+
+    def __init__(
+        self,
+        runs: Runs,
+        uploads: Uploads,
+        disk: Executor,
+        *,
+        slots: Slots,
+        telemetry: Telemetry,
+        chunk_bytes: int,
+        idle_seconds: float,
+    ) -> None:
+        self._runs = runs
+        self._uploads = uploads
+        self._disk = disk
+        self._chunk_bytes = chunk_bytes
+        self._idle_seconds = idle_seconds
+        self._slots = slots
+        self._telemetry = telemetry
+        self._fetches: Counter[str] = Counter()
+
+    async def fetch(self, node_id: str, request: pb.FetchRequest, context: Any) -> None:
+        """Send an object of the node's live task, or a part of it.
+
+        Args:
+            context: of grpc.aio, which has no types.
+        """
+        self._admit(node_id, context)
+        source = self._runs.fetchable(node_id, request.digest)
+        if source is None:
+            raise Refused(StatusCode.PERMISSION_DENIED, "no task of this node needs this object")
+        size = len(source) if isinstance(source, bytes) else source.stat().st_size
+        if request.offset > size:
+            text = f"offset {request.offset} is behind the end of {size} bytes"
+            raise Refused(StatusCode.OUT_OF_RANGE, text)
+        end = min(size, request.offset + request.length) if request.length else size
+        if isinstance(source, bytes):
+            for at in range(request.offset, end, self._chunk_bytes):
+                await self._send(context, at, source[at : min(at + self._chunk_bytes, end)])
+            return
+        await self._send_file(context, source, request.offset, end)
+
+    def _admit(self, node_id: str, context: Any) -> None:
+        """Bound the downloads of a node.
+
+        gRPC for Python cannot reset a stream: the status of a download that was cut waits behind the data
+        that nobody reads, and so long the download counts.
+        """
+        if self._fetches[node_id] >= MOST_FETCHES:
+            text = f"{MOST_FETCHES} downloads of this node are under way"
+            raise Refused(StatusCode.RESOURCE_EXHAUSTED, text, retry_seconds=5.0)
+        self._fetches[node_id] += 1
+
+        def ended(_: Any) -> None:
+            self._fetches[node_id] -= 1
+            if not self._fetches[node_id]:
+                del self._fetches[node_id]
+
+        context.add_done_callback(ended)
+
+    async def _send_file(self, context: Any, path: Path, begin: int, end: int) -> None:
+        loop = asyncio.get_running_loop()
+        handle = await loop.run_in_executor(self._disk, os.open, path, os.O_RDONLY)
+        try:
+            for at in range(begin, end, self._chunk_bytes):
+                length = min(self._chunk_bytes, end - at)
+                data = await loop.run_in_executor(self._disk, os.pread, handle, length, at)
+                if len(data) != length:
+                    raise RuntimeError(f"object {path.name} is shorter than it was when it was opened")
+                await self._send(context, at, data)
+        finally:
+            os.close(handle)
+
+    async def _send(self, context: Any, offset: int, data: bytes) -> None:
+        try:
+            async with asyncio.timeout(self._idle_seconds):
+                await context.write(pb.Chunk(offset=offset, data=data, crc32=zlib.crc32(data)))
+        except TimeoutError:
+            text = f"nothing was read for {self._idle_seconds:g} s; fetch again from your offset"
+            raise Refused(StatusCode.DEADLINE_EXCEEDED, text) from None
+        self._telemetry.moved("down", "message", len(data))
+
+    async def upload(self, node_id: str, context: Any) -> pb.UploadStatusReply:
+        """Take the frames of one upload; what arrived stays, whatever ends the call.
+
+        Raises:
+            Refused: the task is not the node's, a frame is malformed, or there is no slot.
+            UploadRefused: by the store: gap, damage, too large, no space.
+        """
+        start = await self._first_frame(context)
+        task = self._runs.task(start.task_id)
+        if task is None or task.node_id != node_id:
+            raise Refused(StatusCode.PERMISSION_DENIED, NOT_LEASED)
+        slot = self._slots.take(node_id, start.upload_id)
+        steps = _Steps(self._disk)
+        try:
+            upload = await steps.run(self._uploads.start, node_id, start, task.max_update_bytes)
+            if upload.offset:
+                self._telemetry.upload_resumed()
+            return await self._receive(slot, upload, steps, start, context)
+        finally:
+            self._slots.give_back(slot)
+            steps.close()
+
+    async def _receive(
+        self, slot: Slot, upload: Upload, steps: _Steps, start: pb.UploadStart, context: Any
+    ) -> pb.UploadStatusReply:
+        while (frame := await self._next_frame(slot, context)) is not None:
+            chunk = frame.chunk
+            if frame.WhichOneof("frame") != "chunk" or len(chunk.data) > MOST_CHUNK_BYTES:
+                text = f"a frame after the first must be a chunk of at most {MOST_CHUNK_BYTES} bytes"
+                raise Refused(StatusCode.INVALID_ARGUMENT, text)
+            slot.count(len(chunk.data))
+            self._telemetry.moved("up", "update", len(chunk.data))
+            await steps.run(upload.write, chunk.offset, chunk.data, chunk.crc32)
+        offset = await steps.run(upload.sync)
+        complete = offset == start.object.size
+        if complete:
+            await steps.run(upload.finish)
+        return pb.UploadStatusReply(offset=offset, complete=complete, generation=start.generation)
+
+    async def _first_frame(self, context: Any) -> pb.UploadStart:
+        try:
+            async with asyncio.timeout(self._idle_seconds):
+                frame = await context.read()
+        except TimeoutError:
+            raise Refused(StatusCode.DEADLINE_EXCEEDED, "no frame arrived") from None
+        if frame is grpc.aio.EOF or frame.WhichOneof("frame") != "start":
+            raise Refused(StatusCode.INVALID_ARGUMENT, "the first frame must be the start of the upload")
+        start: pb.UploadStart = frame.start
+        return start
+
+    async def _next_frame(self, slot: Slot, context: Any) -> pb.UploadFrame | None:
+        """The next frame, None at the end of the stream."""
+        try:
+            async with slot.waiting():
+                frame = await context.read()
+        except TimeoutError:
+            raise slot.over() from None
+        return None if frame is grpc.aio.EOF else frame
+
+
+class _Steps:
+    """The steps of one upload on disk, one after the other, also where the call ends in the middle of one."""
+
+    def __init__(self, disk: Executor) -> None:
+        self._disk = disk
+        self._last: Future[Any] | None = None
+        self._upload: Future[Upload] | None = None
+
+    async def run(self, step: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Do one step in a thread; the first one opens the upload."""
+        future = self._disk.submit(step, *args, **kwargs)
+        self._last = future
+        if self._upload is None:
+            self._upload = cast("Future[Upload]", future)
+        return await asyncio.wrap_future(future)
+
+    def close(self) -> None:
+        """Close the upload when the step under way has ended; nobody waits for it."""
+        if self._upload is not None and self._last is not None:
+            self._disk.submit(_close, self._upload, self._last)
+
+
+def _close(upload: Future[Upload], last: Future[Any]) -> None:
+    wait([last])
+    if not upload.cancelled() and upload.exception() is None:
+        upload.result().close()
