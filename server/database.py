@@ -61,7 +61,10 @@ def open_database(url: str, folder: Path) -> Database:
             writing, reading = postgres.engines(address)
             _migrate(writing, None)
             where = address.render_as_string(hide_password=True)
-        return Database(writing, reading, where, lock)
+        database = Database(writing, reading, where, lock)
+        # The connection that writes is what holds a database server's lock: taken at once, and kept.
+        database.writer.submit(lambda connection: None).result()
+        return database
     except BaseException:
         for engine in (writing, reading):
             if engine is not None:

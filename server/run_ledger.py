@@ -183,12 +183,11 @@ class RunLedger:
         )
         self.tell(connection, "state", {"state": state, "detail": detail})
 
-    def _forget_tasks(self, connection: Connection, now: Window) -> list[bytes]:
-        """Drop tasks and verdicts that are over, but for those that the last two versions came from."""
-        old = (tasks.c.run_id == self.run_id) & (
-            (tasks.c.folded_in < now.version - 1)
-            | ((tasks.c.state != "open") & (tasks.c.window < now.window - 1))
-        )
+    def _forget_tasks(self, connection: Connection, previous: Window) -> list[bytes]:
+        """Drop tasks and verdicts that a return to this checkpoint would not need."""
+        folded = tasks.c.folded_in <= previous.version
+        over = (tasks.c.state != "open") & tasks.c.folded_in.is_(None) & (tasks.c.window < previous.window)
+        old = (tasks.c.run_id == self.run_id) & (folded | over)
         gone = connection.execute(
             select(tasks.c.task_id, submissions.c.digest, submissions.c.place)
             .select_from(tasks.outerjoin(submissions, tasks.c.task_id == submissions.c.task_id))
@@ -209,6 +208,14 @@ class RunLedger:
         for start in range(0, len(ids), 500):
             part = ids[start : start + 500]
             connection.execute(update(tasks).where(tasks.c.task_id.in_(part)).values(state=state))
+
+    def go_back(self, connection: Connection, last: Window) -> None:
+        """The windows after `last` are open again: their states were lost, their answers were not."""
+        mine = windows.c.run_id == self.run_id
+        connection.execute(delete(windows).where(mine, windows.c.window > last.window))
+        later = (tasks.c.run_id == self.run_id) & (tasks.c.folded_in > last.version)
+        connection.execute(update(tasks).where(later).values(folded_in=None))
+        self.tell(connection, "went_back", {"window": last.window, "version": last.version})
 
     # ------------------------------------------------------------ reading, when a run is taken up
 

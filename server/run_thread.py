@@ -274,6 +274,8 @@ class RunThread(threading.Thread):
             if path.exists() and bytes.fromhex(sha256(path)) == window.state_digest:
                 if position and self.run_parts.strategy.traits.server_vectors_per_client:
                     break  # the rows of the state before may have been overwritten since
+                if position:
+                    self.ledger.database.writer.run(lambda c, last=window: self.ledger.go_back(c, last))
                 return window
             log.error("run=%s the state %s is damaged or missing", self.ledger.run_id, window.state_name)
         if committed:

@@ -249,6 +249,7 @@ class Runs:
         row = self._row(run)
         with self._door:
             if row.run_id not in self._threads:
+                self._set_state(row.run_id, "running", "taken up")
                 self._take_up(row)
         return self.get(row.run_id)
 
