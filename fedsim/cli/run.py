@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from fedsim.simulation.run import Simulation
 
 Baseline = Literal["centralised", "local"]
+SERVER = "server"
 
 
 def run(
@@ -29,7 +30,20 @@ def run(
     sets: Sets = None,
     preset: Preset = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the run.")] = None,
-    engine: Annotated[str | None, typer.Option(help="auto, loop, stacked or a plugin.")] = None,
+    engine: Annotated[
+        str | None, typer.Option(help="auto, loop, stacked or a plugin; server for real clients.")
+    ] = None,
+    connect: Annotated[
+        str | None, typer.Option(help="Coordinator of --engine server: a name or HOST:PORT.")
+    ] = None,
+    ca: Annotated[Path | None, typer.Option(help="Certificate that the coordinator's was signed by.")] = None,
+    key: Annotated[Path | None, typer.Option(help="Key of an operator.")] = None,
+    insecure: Annotated[bool, typer.Option("--insecure", help="No TLS; on loopback only.")] = False,
+    nodes: Annotated[str, typer.Option(help="Clients that take part, such as 'site in {a,b}'.")] = "",
+    run_key: Annotated[
+        str | None, typer.Option(help="The same key and configuration is the same run.")
+    ] = None,
+    detach: Annotated[bool, typer.Option("--detach", help="Return once the coordinator has the run.")] = False,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:0 or auto.")] = None,
     name: Annotated[str | None, typer.Option(help="Name of the run.")] = None,
     baseline: Annotated[
@@ -43,7 +57,7 @@ def run(
         bool, typer.Option("--dry-run", help="Build and check everything, train and write nothing.")
     ] = False,
 ) -> None:
-    """Run a federation by its configuration, in simulation.
+    """Run a federation by its configuration, in simulation or, with --engine server, with real clients.
 
     Without a file and a preset the defaults are used: digits, 20 clients, FedAvg.
     """
@@ -51,7 +65,7 @@ def run(
     flags: dict[str, tuple[str, object]] = {
         "run.seed": ("--seed", seed),
         "run.name": ("--name", name),
-        "engine.name": ("--engine", engine),
+        "engine.name": ("--engine", None if engine == SERVER else engine),
         "engine.device": ("--device", device),
     }
     loaded = load(config, preset=preset, sets=sets, flags=flags)
@@ -62,7 +76,22 @@ def run(
             where="[evaluation] target",
             hint="add --set evaluation.target='accuracy >= 0.95'",
         )
-    if dry_run:
+    if engine == SERVER or connect is not None:
+        from fedsim.cli.operate import run_on_server
+
+        run_on_server(
+            settings,
+            loaded,
+            connect=connect,
+            ca=ca,
+            key=key,
+            insecure=insecure,
+            nodes=nodes,
+            run_key=run_key,
+            detach=detach,
+            require=require,
+        )
+    elif dry_run:
         _dry(settings, loaded, baseline)
     else:
         start(settings, loaded, baseline=baseline, require=require)

@@ -21,6 +21,9 @@ from fedsim.simulation.run import Simulation
 from fedsim.types import Ids, Task
 
 
+JOURNAL = "journal.jsonl"
+
+
 class ReplayEngine(SimulatedEngine):
     """The simulated fleet, told by a journal who answers when.
 

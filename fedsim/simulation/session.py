@@ -16,10 +16,13 @@ from fedsim.federated_run import Record
 from fedsim.progress import Progress, progress_of, target_of
 from fedsim.runs.folder import RunFolder
 from fedsim.simulation.baselines import pooled
+from fedsim.simulation.replay import JOURNAL, Replay, read_journal
 from fedsim.simulation.run import Simulation
 from fedsim.simulation.saving import load_run, save_run
 
 log = logging.getLogger(__name__)
+
+REMOTE = "remote"  # the engine of runs on a coordinator
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,6 +198,14 @@ def resume(folder: RunFolder, *, rounds: int | None = None, **objects: Any) -> t
     """
     with folder.locked():  # nothing of a run that another process writes may be cut back
         pass
+    if folder.manifest["facts"].get("engine") == REMOTE:
+        raise ConfigError(
+            "this run belongs to a coordinator",
+            code="FS-CFG-134",
+            where=str(folder.path),
+            why="its state lies in the coordinator's ledger, not in the run folder",
+            hint="fedsim server takes it up again by itself; fedsim verify repeats it here from its journal",
+        )
     sim = again(folder, sets=[] if rounds is None else [f"run.rounds={rounds}"], **objects)
     sim.keep_state_in(folder.state_folder)
     progress = progress_of(sim.config, sim.evaluator.names)
@@ -215,13 +226,15 @@ def _take_up(sim: Simulation, folder: RunFolder) -> Progress:
 
 
 def again(folder: RunFolder, *, sets: Sequence[str] = (), **objects: Any) -> Simulation:
-    """The simulation of a run folder, from its start.
+    """The simulation of a run folder, from its start; of a coordinator's run, the replay of its journal.
 
     Raises:
         ConfigError: the run was made of Python objects and they are not given.
     """
     facts = folder.manifest["facts"]
     loaded = load_config(folder.path / "config.toml", sets=sets)
+    if facts.get("engine") == REMOTE:
+        return Replay(loaded.config, read_journal(folder.path / JOURNAL))
     if facts.get("baseline") == "centralised" and "data" not in objects:
         objects["data"] = pooled(build_data(loaded.config))
     needed = set(facts.get("python_objects", ())) - set(objects)
