@@ -33,7 +33,7 @@ def hello(connection: Connection, *, seconds: float) -> Hello:
     """Ask, and wait at most so many seconds.
 
     Raises:
-        CoordinatorProblem: FS-SRV-022, nobody answers; FS-CLI-002, FS-CLI-004 or FS-CLI-007, not the right one.
+        CoordinatorProblem: FS-SRV-022, nobody answers; FS-CLI-002, 004 or 007, not the right one.
         ConfigError: FS-SEC-004, plain text where it is not allowed.
     """
     return asyncio.run(_hello(connection, seconds))

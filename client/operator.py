@@ -17,13 +17,20 @@ import secrets
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 
 from fedsim.client.operator_link import PATIENCE_SECONDS, Link
 from fedsim.client.operator_problems import no_key, timed_out
-from fedsim.client.operator_views import RemoteEvent, RemoteNode, RemoteRun, event_of, node_of, run_of
+from fedsim.client.operator_views import (
+    Invitation,
+    RemoteEvent,
+    RemoteNode,
+    RemoteRun,
+    event_of,
+    node_of,
+    run_of,
+)
 from fedsim.client.statuses import Lost
 from fedsim.connections import Connection, connection_of, home
 from fedsim.identity import Key
@@ -41,7 +48,7 @@ def connect(
     ca: Path | None = None,
     key: Path | None = None,
     insecure: bool = False,
-    patience: float = PATIENCE_SECONDS,
+    patience: float | None = None,
 ) -> Operator:
     """The coordinator that `target` names.
 
@@ -49,14 +56,15 @@ def connect(
         target: entry of ``connections.toml``, or ``host:port``.
         ca: certificates to trust; key: file of the operator's private key. Both replace the entry's own.
         insecure: plain text, on loopback alone.
-        patience: seconds for which a call is repeated while nobody answers.
+        patience: seconds for which a call is repeated while nobody answers; by default 15.
 
     Raises:
         ConfigError: FS-CFG-127 … 129, no such connection or no key.
         EnvironmentProblem: the key is readable by others.
     """
     connection = connection_of(target, ca=ca, key=key, insecure=insecure)
-    return Operator(connection, operator_key(connection), patience=patience)
+    seconds = PATIENCE_SECONDS if patience is None else patience
+    return Operator(connection, operator_key(connection), patience=seconds)
 
 
 def operator_key(connection: Connection) -> Key:
@@ -291,17 +299,3 @@ class Operator:
     def version(self) -> str:
         """Version of fedsim that the coordinator runs."""
         return str(self._link.call("Version", pb.VersionRequest()).build)
-
-
-@dataclass(frozen=True, slots=True)
-class Invitation:
-    """A token for one enrolment.
-
-    Args:
-        token: to be handed over in a file; valid_seconds: from now.
-        server_id: public key of the coordinator.
-    """
-
-    token: str = field(repr=False)
-    valid_seconds: float
-    server_id: bytes

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from fedsim.pb import federation_pb2 as pb
@@ -95,6 +95,20 @@ class RemoteNode:
     def as_data(self) -> dict[str, Any]:
         """As JSON for a program."""
         return {name: getattr(self, name) for name in self.__slots__}
+
+
+@dataclass(frozen=True, slots=True)
+class Invitation:
+    """A token for one enrolment.
+
+    Args:
+        token: to be handed over in a file; valid_seconds: from now.
+        server_id: public key of the coordinator.
+    """
+
+    token: str = field(repr=False)
+    valid_seconds: float
+    server_id: bytes
 
 
 def run_of(run: pb.Run) -> RemoteRun:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
-from google.protobuf.message import DecodeError, Message
+from google.protobuf.message import DecodeError
 from grpc import StatusCode
 from sqlalchemy import select
 
@@ -25,7 +25,7 @@ from fedsim.server.attempts import Attempts
 from fedsim.server.audit import Audit
 from fedsim.server.database import Database
 from fedsim.server.denied import Denied
-from fedsim.server.enrolment import Applicant, NameTaken, OtherName
+from fedsim.server.enrolment import Applicant, NameTaken
 from fedsim.server.labels import check_labels, check_name
 from fedsim.server.node_rows import APPROVED, PENDING, REVOKED
 from fedsim.server.nodes import Nodes
@@ -135,9 +135,6 @@ class Auth:
             raise Denied(
                 StatusCode.ALREADY_EXISTS, f"the name {error} is taken: ask for another one"
             ) from None
-        except OtherName as error:
-            text = f"this invitation is for the name {error} alone: ask for it, or for none"
-            raise Denied(StatusCode.PERMISSION_DENIED, text) from None
         node_id = node_id_of(body.public_key)
         if found is None:
             text = "this key may not enrol: it needs an invitation that is known, not used and not expired"
@@ -283,7 +280,6 @@ def certificate_names(auth_context: Any) -> frozenset[str]:
 
 
 def _parsed(body: Any, signed: pb.Signed) -> Any:  # Any: a message of protobuf
-    assert isinstance(body, Message)
     if len(signed.body) > _MOST_BODY:
         raise Denied(StatusCode.INVALID_ARGUMENT, f"a body has at most {_MOST_BODY:,} bytes")
     try:

@@ -31,9 +31,8 @@ from fedsim.server.watch import OVER, Watchers
 from fedsim.wire import MAJOR, MINOR
 
 if TYPE_CHECKING:
-    from fedsim.server.auth import Auth, Peer
-
     from fedsim.server.audit import Audit
+    from fedsim.server.auth import Auth, Peer
     from fedsim.server.nodes import Nodes
     from fedsim.server.runs import Runs
     from fedsim.server.telemetry import Telemetry

@@ -13,7 +13,7 @@ from fedsim.server.calls import Refused
 from fedsim.server.runs import NoSuchRun
 
 if TYPE_CHECKING:
-    from fedsim.server.nodes import Node
+    from fedsim.server.node_rows import Node
 
 MOST_CONFIG = 1024 * 1024
 MOST_EXPRESSION = 1_000

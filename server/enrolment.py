@@ -52,10 +52,6 @@ class NameTaken(Exception):
     """Another node has this name, or an invitation keeps it for one."""
 
 
-class OtherName(Exception):
-    """The invitation is for a node of this name alone."""
-
-
 def token_digest(token: str) -> bytes:
     """What is kept of a token."""
     return hashlib.sha256(token.encode()).digest()
@@ -96,7 +92,7 @@ def enrol(
         check: called with identifier and name before anything is written; may refuse by raising.
 
     Raises:
-        NameTaken: nothing was written, the invitation is still good. OtherName: likewise.
+        NameTaken: nothing was written, the invitation is still good.
     """
     node_id = node_id_of(applicant.public_key)
     known = select_node(connection, tables.nodes.c.node_id == node_id)
@@ -111,8 +107,6 @@ def enrol(
     if invitation is not None:
         role = invitation.role
         labels |= json.loads(invitation.labels)
-        if invitation.name and name.lower() not in ("", invitation.name.lower()):
-            raise OtherName(invitation.name)
         name = invitation.name or name
     name = name or f"node-{node_id[:8]}"
     check(node_id, name)

@@ -12,7 +12,7 @@ import asyncio
 import functools
 import time
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 from urllib.parse import unquote
 
 from grpc import StatusCode
@@ -20,6 +20,7 @@ from grpc import StatusCode
 from fedsim import __version__
 from fedsim.pb import federation_pb2 as pb
 from fedsim.pb.federation_pb2_grpc import FleetServicer
+from fedsim.server.auth import certificate_names
 from fedsim.server.calls import Refused, answered, refuse
 from fedsim.server.leases import Leases
 from fedsim.server.polls import Polls
@@ -126,11 +127,13 @@ class Fleet(FleetServicer):
 
     @counted
     async def Enrol(self, request: pb.Signed, context: Any) -> pb.EnrolReply:
-        return await self._in_thread(self._auth.enrol, request, address_of(context))
+        names = certificate_names(context.auth_context())
+        return await self._on_disk(self._auth.enrol, request, address_of(context), names)
 
     @counted
     async def Login(self, request: pb.Signed, context: Any) -> pb.LoginReply:
-        return await self._in_thread(self._auth.login, request, address_of(context))
+        names = certificate_names(context.auth_context())
+        return await self._on_disk(self._auth.login, request, address_of(context), names)
 
     # Work.
 
@@ -201,10 +204,10 @@ class Fleet(FleetServicer):
         if task is not None and found.verdict != pb.RETRY:
             self._end(task.task_id, peer.node_id)
         return pb.SubmitReply(
-            verdict=found.verdict,
+            verdict=cast(pb.Verdict, found.verdict),
             reason=found.reason,
             text=found.text,
-            first=found.first,
+            first=cast(pb.Verdict, found.first),
             delay_seconds=found.delay,
         )
 
@@ -223,7 +226,7 @@ class Fleet(FleetServicer):
     @counted
     async def Bye(self, request: pb.ByeRequest, context: Any) -> pb.ByeReply:
         peer = self._peer(context)
-        await self._in_thread(self._auth.drop, peer)
+        await self._on_disk(self._auth.drop, peer)
         self.forget(peer.node_id)
         return pb.ByeReply()
 
@@ -277,9 +280,6 @@ class Fleet(FleetServicer):
     def _end(self, task_id: bytes, node_id: str) -> None:
         if self.leases.holder(task_id) == node_id:
             self.leases.end(task_id)
-
-    async def _in_thread(self, function: Callable[..., R], *args: Any) -> R:
-        return await self._loop.run_in_executor(self._parts.work, function, *args)
 
     async def _on_disk(self, function: Callable[..., R], *args: Any) -> R:
         return await self._loop.run_in_executor(self._parts.disk, function, *args)

@@ -6,15 +6,19 @@ an identity, its key must be there.
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 from fedsim.errors import EnvironmentProblem
 from fedsim.identity import Key, node_id_of
 from fedsim.server.database import Database
+from fedsim.server.node_rows import ADMIN, REVOKED
 from fedsim.server.nodes import Nodes
 
-IDENTITY, ADMIN_KEY = "identity.key", "admin.key"
+IDENTITY, ADMIN_KEY, AUDIT = "identity.key", "admin.key", "audit.jsonl"
 _FACT = "server_id"
+
+log = logging.getLogger(__name__)
 
 
 def server_key(folder: Path, database: Database) -> Key:
@@ -44,8 +48,11 @@ def server_key(folder: Path, database: Database) -> Key:
 def first_admin(folder: Path, nodes: Nodes) -> Path | None:
     """Where nobody administers the coordinator yet: make ``admin.key`` and let it in; else None.
 
+    A key that was revoked is neither let in again nor replaced, and no reason not to start: whoever owns
+    the folder can invite somebody.
+
     Raises:
-        ConfigError, EnvironmentProblem: the key cannot be made, read or let in.
+        EnvironmentProblem: the key cannot be made or read.
     """
     if nodes.has_admin():
         return None
@@ -55,7 +62,12 @@ def first_admin(folder: Path, nodes: Nodes) -> Path | None:
     else:
         key = Key.new()
         key.save(path)
-    nodes.bootstrap_admin(key.public)
+    known = nodes.list()
+    if any(node.node_id == key.node_id and node.state == REVOKED for node in known):
+        log.warning("nobody administers this coordinator: fedsim node invite --role admin --state %s", folder)
+        return None
+    taken = any(node.name.lower() == ADMIN and node.node_id != key.node_id for node in known)
+    nodes.bootstrap_admin(key.public, f"{ADMIN}-{key.node_id[:8]}" if taken else ADMIN)
     return path
 
 

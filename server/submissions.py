@@ -143,7 +143,8 @@ def read_body(request: pb.SubmitRequest, peer: Peer, server_id: bytes) -> pb.Sub
     if not identity.verify(peer.public_key, identity.SUBMIT, request.body, request.signature):
         text = "the signature does not fit the body and the key of this node"
         raise Refused(StatusCode.UNAUTHENTICATED, text)
-    body = pb.SubmitBody.FromString(request.body)
+    body = pb.SubmitBody()
+    body.ParseFromString(request.body)
     if body.server_id != server_id:
         raise Refused(StatusCode.UNAUTHENTICATED, "the body was signed for another coordinator")
     fields = [

@@ -14,7 +14,14 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    disable_created_metrics,
+    generate_latest,
+)
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
@@ -43,6 +50,7 @@ class Telemetry:
     """
 
     def __init__(self, state: Path | None = None) -> None:
+        disable_created_metrics()  # a second line for every counter that nobody reads
         self.registry = CollectorRegistry()
         self._lock = threading.Lock()
         self._runs: OrderedDict[str, None] = OrderedDict()

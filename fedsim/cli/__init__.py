@@ -14,7 +14,23 @@ from pathlib import Path
 import click
 import typer
 
-from fedsim.cli import config, data, demo, plugins, run, runs, sweep
+from fedsim.cli import (
+    client,
+    config,
+    data,
+    demo,
+    doctor,
+    keys,
+    node,
+    operate,
+    plugins,
+    run,
+    runs,
+    server,
+    state,
+    sweep,
+    up,
+)
 from fedsim.cli.output import fail, internal, out_of_memory
 from fedsim.cli.settings import Command, Group, Settings, peek
 from fedsim.errors import ConfigError, EnvironmentProblem, FedsimError, Interrupted
@@ -65,15 +81,27 @@ def make_app() -> typer.Typer:
         ("export", runs.export),
         ("tune", run.tune),
         ("sweep", sweep.sweep),
+        ("up", up.up),
+        ("server", server.server),
+        ("client", client.client),
+        ("connect", operate.connect),
+        ("watch", operate.watch),
+        ("stop", operate.stop),
+        ("health", operate.health),
+        ("doctor", doctor.doctor),
         ("explain", config.explain_code),
     ):
         app.command(name, cls=Command)(function)
     for module, name, text in (
+        (node, "node", "Who may take part in a federation: invite, list, approve, revoke, label."),
+        (keys, "keys", "Keys of clients and operators."),
+        (state, "state", "The state folder of a coordinator: back up, restore, collect for support."),
         (plugins, "plugins", "What can be named in a configuration: strategies, models, data sets …"),
         (data, "data", "Data sets and how they are divided among clients."),
         (config, "config", "Configurations: print, check, look up a key."),
     ):
         app.add_typer(module.app, name=name, help=text, cls=Group)
+    app.add_typer(keys.certs, name="certs", help="Certificates for development and trials.", cls=Group)
     return app
 
 
