@@ -109,7 +109,7 @@ def enrol(
 
 async def _enrol(connection: Connection, key: Key, token: str) -> str:
     channel = channel_to(connection)
-    fleet: Any = FleetStub(channel)  # Any: generated code has no types
+    fleet: Any = FleetStub(channel)  # type: ignore[no-untyped-call]
     where = str(connection)
     try:
         for attempt in range(_TRIES):

@@ -84,7 +84,7 @@ class Link:
         """
 
         async def attempt(metadata: Metadata) -> Any:
-            stub: Any = ControlStub(self._channel)
+            stub: Any = ControlStub(self._channel)  # type: ignore[no-untyped-call]
             return await getattr(stub, method)(request, timeout=seconds, metadata=metadata)
 
         return self._wait(self._persist(attempt, lambda: 0, self.patience))
@@ -126,7 +126,7 @@ class Link:
 
         async def attempt(metadata: Metadata) -> None:
             nonlocal given
-            stub: Any = ControlStub(self._channel)
+            stub: Any = ControlStub(self._channel)  # type: ignore[no-untyped-call]
             call = getattr(stub, method)(request(), metadata=metadata)
             try:
                 async for message in call:
@@ -177,7 +177,7 @@ class Link:
             ticket, self._ticket = self._ticket, b""
             if ticket:
                 with suppress(grpc.aio.AioRpcError):
-                    stub: Any = FleetStub(self._channel)
+                    stub: Any = FleetStub(self._channel)  # type: ignore[no-untyped-call]
                     await stub.Bye(pb.ByeRequest(reason="done"), timeout=1.0, metadata=((TICKET, ticket),))
             await self._channel.close()
             self._channel = None
@@ -253,7 +253,7 @@ class Link:
         """The stub of the service for nodes, on the channel, which is opened where it is not open."""
         if self._channel is None:
             self._channel = channel_to(self.connection)
-        return FleetStub(self._channel)
+        return FleetStub(self._channel)  # type: ignore[no-untyped-call]
 
 
 def channel_to(connection: Connection) -> Any:  # Any: of grpc.aio

@@ -231,7 +231,9 @@ def server_credentials(cert: Path, key: Path, *, client_ca: Path | None = None) 
     """
     files = CertificateFiles(cert, key, client_ca)
     return grpc.dynamic_ssl_server_credentials(
-        files.current, files.changed, require_client_authentication=client_ca is not None
+        files.current,
+        files.changed,  # pyright: ignore[reportArgumentType]  # None, where nothing changed, is documented
+        require_client_authentication=client_ca is not None,
     )
 
 

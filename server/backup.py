@@ -31,7 +31,7 @@ def back_up(state: Path, target: Path) -> int:
     """Write the state folder of a coordinator that is not running into a tar file, readable by its owner.
 
     Returns:
-        How many files it holds.
+        How many files and folders it holds.
 
     Raises:
         EnvironmentProblem: FS-LED-007, the coordinator runs; FS-ENV-020 … 022, the file cannot be written.
@@ -40,7 +40,7 @@ def back_up(state: Path, target: Path) -> int:
     _require_state(state)
     lock = StateLock.take(state)
     try:
-        files = [path for path in sorted(state.rglob("*")) if path.is_file() and path.name not in PASSING]
+        files = [path for path in sorted(state.rglob("*")) if path.name not in PASSING]
         unfinished = target.with_name(f".writing-{target.name}")
         try:
             with unfinished.open("xb") as raw:

@@ -13,6 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -275,7 +276,7 @@ class RunThread(threading.Thread):
                 if position and self.run_parts.strategy.traits.server_vectors_per_client:
                     break  # the rows of the state before may have been overwritten since
                 if position:
-                    self.ledger.database.writer.run(lambda c, last=window: self.ledger.go_back(c, last))
+                    self.ledger.database.writer.run(partial(self.ledger.go_back, last=window))
                 return window
             log.error("run=%s the state %s is damaged or missing", self.ledger.run_id, window.state_name)
         if committed:

@@ -134,7 +134,7 @@ def check_settings(settings: ServerSettings) -> None:
         why = f"{server.listen} can be reached from other machines, which would see everything in plain text"
         raise _refused("123", "plain text is for loopback alone", why)
     if server.allow_anonymous and reachable:
-        why = f"{server.listen} can be reached from other machines, whose keys could all ask for approval"
+        why = f"{server.listen} can be reached from other machines, whose keys would all be let in"
         raise _refused("124", "open registration is for loopback alone", why)
     leases = settings.leases
     if leases.seconds < 2 * leases.heartbeat_seconds:

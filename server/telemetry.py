@@ -50,35 +50,51 @@ class Telemetry:
     """
 
     def __init__(self, state: Path | None = None) -> None:
-        disable_created_metrics()  # a second line for every counter that nobody reads
+        # A second line for every counter that nobody reads; the package leaves this function untyped.
+        disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = CollectorRegistry()
         self._lock = threading.Lock()
         self._runs: OrderedDict[str, None] = OrderedDict()
         self._strategies: set[str] = set()
-        own = {"registry": self.registry}
-        self._nodes = Gauge("fedsim_nodes", "Nodes by state.", ["state"], **own)
-        self._round = Gauge("fedsim_round", "Last round that is committed.", ["run"], **own)
+        own = self.registry
+        self._nodes = Gauge("fedsim_nodes", "Nodes by state.", ["state"], registry=own)
+        self._round = Gauge("fedsim_round", "Last round that is committed.", ["run"], registry=own)
         self._round_seconds = Histogram(
-            "fedsim_round_seconds", "Duration of a part of a round.", ["phase"], buckets=_ROUND_SECONDS, **own
+            "fedsim_round_seconds",
+            "Duration of a part of a round.",
+            ["phase"],
+            buckets=_ROUND_SECONDS,
+            registry=own,
         )
-        self._tasks = Counter("fedsim_tasks", "Tasks by their end.", ["outcome"], **own)
-        self._updates = Counter("fedsim_updates", "Answers by verdict.", ["verdict", "reason"], **own)
-        self._bytes = Counter("fedsim_bytes", "Bytes of objects on the wire.", ["direction", "kind"], **own)
-        self._resumes = Counter("fedsim_upload_resumes", "Uploads that went on from an offset.", **own)
-        self._expired = Counter("fedsim_lease_expired", "Leases that ended without an answer.", **own)
+        self._tasks = Counter("fedsim_tasks", "Tasks by their end.", ["outcome"], registry=own)
+        self._updates = Counter("fedsim_updates", "Answers by verdict.", ["verdict", "reason"], registry=own)
+        self._bytes = Counter(
+            "fedsim_bytes", "Bytes of objects on the wire.", ["direction", "kind"], registry=own
+        )
+        self._resumes = Counter("fedsim_upload_resumes", "Uploads that went on from an offset.", registry=own)
+        self._expired = Counter("fedsim_lease_expired", "Leases that ended without an answer.", registry=own)
         self._aggregate = Histogram(
-            "fedsim_aggregate_seconds", "Duration of an aggregation.", ["strategy"], buckets=_SECONDS, **own
+            "fedsim_aggregate_seconds",
+            "Duration of an aggregation.",
+            ["strategy"],
+            buckets=_SECONDS,
+            registry=own,
         )
         self._validate = Histogram(
-            "fedsim_validate_seconds", "Duration of the checks of one update.", buckets=_SECONDS, **own
+            "fedsim_validate_seconds", "Duration of the checks of one update.", buckets=_SECONDS, registry=own
         )
-        self._epsilon = Gauge("fedsim_epsilon", "Privacy spent by a run.", ["run"], **own)
+        self._epsilon = Gauge("fedsim_epsilon", "Privacy spent by a run.", ["run"], registry=own)
         self._commit = Histogram(
-            "fedsim_db_commit_seconds", "Duration of a commit of the database.", buckets=_SECONDS, **own
+            "fedsim_db_commit_seconds",
+            "Duration of a commit of the database.",
+            buckets=_SECONDS,
+            registry=own,
         )
-        self._free = Gauge("fedsim_disk_free_bytes", "Free bytes of the state folder's disk.", **own)
-        self._lag = Gauge("fedsim_event_loop_lag_seconds", "Worst lateness of the loop of late.", **own)
-        self._dropped = Counter("fedsim_watchers_dropped", "Watchers that read too slowly.", **own)
+        self._free = Gauge("fedsim_disk_free_bytes", "Free bytes of the state folder's disk.", registry=own)
+        self._lag = Gauge(
+            "fedsim_event_loop_lag_seconds", "Worst lateness of the loop of late.", registry=own
+        )
+        self._dropped = Counter("fedsim_watchers_dropped", "Watchers that read too slowly.", registry=own)
         if state is not None:
             self._free.set_function(lambda: float(shutil.disk_usage(state).free))
 

@@ -46,7 +46,8 @@ def record(number: int, **more: Any) -> dict[str, Any]:
     return {
         "round": number, "version": number, "outcome": "ok" if number else "start", "cohort": 3,
         "received": 3, "refused": 0, "late": 0, "lost": 0, "accuracy": 0.5 + number / 100, "loss": 1.0,
-        "bytes_down": 1000, "bytes_up": 500, "clock_seconds": 1.0, "time": {"seconds": 0.5, "rss_mb": 100.0}, **more,
+        "bytes_down": 1000, "bytes_up": 500, "clock_seconds": 1.0,
+        "time": {"seconds": 0.5, "rss_mb": 100.0}, **more,
     }  # fmt: skip
 
 

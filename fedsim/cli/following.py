@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -22,6 +23,8 @@ FETCHED = (
     "checkpoints/best.safetensors", "checkpoints/final.safetensors", "manifest.json",
 )  # fmt: skip
 """Files of a run that are brought here when it has ended; the manifest comes last and makes it a run."""
+_FURTHER = re.compile(r"(checkpoints|plots)/[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
+_FURTHER = re.compile(r"(checkpoints|plots)/[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 
 
 def follow(

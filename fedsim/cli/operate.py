@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -118,9 +117,6 @@ def health(
     if status != "SERVING":
         raise no_service(status, where=str(connection))
     output.result(settings_of(context), {"address": connection.address, "status": status}, [status])
-
-
-_FURTHER = re.compile(r"(checkpoints|plots)/[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 
 
 def run_on_server(

@@ -36,14 +36,14 @@ def run(
     connect: Annotated[
         str | None, typer.Option(help="Coordinator of --engine server: a name or HOST:PORT.")
     ] = None,
-    ca: Annotated[Path | None, typer.Option(help="Certificate that the coordinator's was signed by.")] = None,
+    ca: Annotated[Path | None, typer.Option(help="Authority of the coordinator's certificate.")] = None,
     key: Annotated[Path | None, typer.Option(help="Key of an operator.")] = None,
     insecure: Annotated[bool, typer.Option("--insecure", help="No TLS; on loopback only.")] = False,
     nodes: Annotated[str, typer.Option(help="Clients that take part, such as 'site in {a,b}'.")] = "",
     run_key: Annotated[
         str | None, typer.Option(help="The same key and configuration is the same run.")
     ] = None,
-    detach: Annotated[bool, typer.Option("--detach", help="Return once the coordinator has the run.")] = False,
+    detach: Annotated[bool, typer.Option("--detach", help="Return once the run is submitted.")] = False,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:0 or auto.")] = None,
     name: Annotated[str | None, typer.Option(help="Name of the run.")] = None,
     baseline: Annotated[

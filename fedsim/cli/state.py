@@ -26,7 +26,7 @@ def backup(
 
     count = back_up(state, file)
     lines = [
-        f"{count} files of {state} are in {file}",
+        f"{count} files and folders of {state} are in {file}",
         "It holds the coordinator's key and clients' updates: keep it like them.",
     ]
     output.result(settings_of(context), {"file": str(file), "files": count}, lines)
@@ -44,7 +44,7 @@ def restore(
     incarnation = unpack(file, state)
     lines = [
         f"{state} is restored, incarnation {incarnation}",
-        "Runs go on from where the backup was made; clients keep what they know of later rounds to themselves.",
+        "Runs go on from where the backup was made; later rounds are trained again.",
         f"Next: fedsim doctor --state {state}, then fedsim server --state {state}",
     ]
     output.result(settings_of(context), {"state": str(state), "incarnation": incarnation}, lines)

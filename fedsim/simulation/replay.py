@@ -20,7 +20,6 @@ from fedsim.simulation.engine import Sent, SimulatedEngine, TaskKey
 from fedsim.simulation.run import Simulation
 from fedsim.types import Ids, Task
 
-
 JOURNAL = "journal.jsonl"
 
 

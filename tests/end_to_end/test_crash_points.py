@@ -81,11 +81,9 @@ def test_an_asynchronous_run_equals_the_replay_of_its_ledger_after_crashes(
         deployment={"checkpoint_every": every},
     )
     values["run"]["rounds"] = 7
-    points = [
-        [f"{point}:{3 if every == 1 else 2}"]
-        for point in HERE
-        if point not in ("after_settle", "before_finish")
-    ]
+    points = [["after_commit:3"], ["after_plan:3"], ["one_folded:3"]]
+    if every > 1:
+        points = [[f"{point}:2"] for point in HERE if point not in ("after_settle", "before_finish")]
     for case in cases(tmp_path, values, [*points, ["after_accept:2", "after_plan:4", "one_folded:5"]]):
         assert case["codes"][-1] == 0
         assert KILLED in case["codes"], case["points"]

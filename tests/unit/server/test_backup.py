@@ -41,9 +41,12 @@ def test_a_restored_state_goes_on_to_the_same_model_under_the_next_incarnation(
     assert back_up(stopped.state, tmp_path / "backup.tar") > 5
     assert (tmp_path / "backup.tar").stat().st_mode & 0o077 == 0
     again = tmp_path / "again"
-    assert restore(tmp_path / "backup.tar", again) == 1
+    before = open_database("sqlite", stopped.state)
+    incarnation = before.incarnation
+    before.close()
+    assert restore(tmp_path / "backup.tar", again) == incarnation + 1
     found = Coordinator(again, stopped.key, stopped.nodes).start()
-    assert found.database.incarnation == 1
+    assert found.database.incarnation == incarnation + 1
     (run,) = found.runs.list()
     assert found.serve(run.run_id) == "ok"
     simulated = Simulation(settings())
