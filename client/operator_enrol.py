@@ -7,7 +7,9 @@ authority of the coordinator, and a token that is good for one enrolment.
 from __future__ import annotations
 
 import asyncio
-import os
+import getpass
+import random
+import time
 import tomllib
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -27,9 +29,10 @@ from fedsim.pb import federation_pb2 as pb
 from fedsim.pb.federation_pb2_grpc import FleetStub
 from fedsim.schema import shown
 from fedsim.storage import unreadable, write_atomically
+from fedsim.transport import backoff
 
 _MOST_BYTES = 256 * 1024
-_TRIES = 5
+PATIENCE_SECONDS = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,17 +105,18 @@ def enrol(
         ca = folder / f"{name}-ca.pem"
         write_atomically(ca, bundle.ca.encode())
     connection = Connection(bundle.server, ca, own, bundle.server_id, insecure, name)
-    state = asyncio.run(_enrol(connection, Key.load(own), bundle.token))
+    state = asyncio.run(_enrol(connection, Key.load(own), bundle.token, PATIENCE_SECONDS))
     write_connection(folder, connection)
     return connection, state
 
 
-async def _enrol(connection: Connection, key: Key, token: str) -> str:
+async def _enrol(connection: Connection, key: Key, token: str, patience: float) -> str:
     channel = channel_to(connection)
     fleet: Any = FleetStub(channel)  # type: ignore[no-untyped-call]
-    where = str(connection)
+    where, rng = str(connection), random.Random()
     try:
-        for attempt in range(_TRIES):
+        until, tries = time.monotonic() + patience, 0
+        while True:
             try:
                 hello = await greet(fleet, connection)
                 body = pb.EnrolBody(
@@ -120,7 +124,7 @@ async def _enrol(connection: Connection, key: Key, token: str) -> str:
                     nonce=hello.nonce,
                     public_key=key.public,
                     token=token,
-                    name=_person(connection.name),
+                    name=_person(key),
                 ).SerializeToString()
                 signed = pb.Signed(body=body, signature=key.sign(ENROL, body))
                 reply = await fleet.Enrol(signed, timeout=CALL_SECONDS)
@@ -130,26 +134,25 @@ async def _enrol(connection: Connection, key: Key, token: str) -> str:
                 match trouble:
                     case BadCertificate():
                         raise bad_certificate(str(trouble), where=where) from error
-                    case Lost() if attempt + 1 < _TRIES:
-                        await asyncio.sleep(0.5 * (attempt + 1))
                     case Lost():
-                        raise no_answer(trouble.text, CALL_SECONDS, where=where) from error
+                        tries += 1
+                        delay = backoff(tries, rng) if trouble.delay is None else trouble.delay
+                        if time.monotonic() + delay > until:
+                            raise no_answer(trouble.text, patience, where=where) from error
+                        await asyncio.sleep(delay)
                     case _:
                         raise not_let_in(error.details() or "", where=where) from error
-        raise AssertionError("unreachable")
     finally:
         await channel.close()
 
 
-def _person(name: str) -> str:
-    """A name for the list of nodes: who, and with which connection."""
+def _person(key: Key) -> str:
+    """A name for the list of nodes that nobody else has; one that the invitation fixes wins over it."""
     user = ""
     with suppress(OSError, KeyError, ImportError):
-        import getpass
-
         user = getpass.getuser()
-    kept = "".join(c for c in user if c.isascii() and c.isalnum())[:24] or f"uid{os.getuid()}"
-    return f"{kept}-{name}"[:63]
+    kept = "".join(c for c in user if c.isascii() and c.isalnum())[:24] or "operator"
+    return f"{kept}-{key.node_id[:6]}"
 
 
 def _no_bundle(path: Path, why: str) -> ConfigError:

@@ -40,6 +40,7 @@ class Polls:
         self._parked: dict[str, asyncio.Future[OpenTask | None]] = {}
         self._pass: asyncio.TimerHandle | asyncio.Handle | None = None
         self._queue: list[str] = []
+        self._announced = False
         self._again = False
         self._ended = 0.0  # when the last pass did, on the loop's clock
         self._closed = False
@@ -79,7 +80,9 @@ class Polls:
 
     def wake_soon(self) -> None:
         """Tasks may be there: ask for every parked node soon. Called from any thread, any number of times."""
-        self._loop.call_soon_threadsafe(self._begin)
+        if not self._announced:
+            self._announced = True
+            self._loop.call_soon_threadsafe(self._begin)
 
     def empty(self) -> None:
         """Answer every parked call with nothing and park no more: the coordinator drains."""
@@ -88,6 +91,8 @@ class Polls:
             _answer(place, None)
 
     def _begin(self) -> None:
+        # Before anybody is asked: what is announced from here on is announced anew.
+        self._announced = False
         if self._pass is not None:
             self._again = True  # the pass under way may already be past a node
         elif self._parked:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import queue
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,7 +21,7 @@ import torch
 from sqlalchemy import Connection
 
 from fedsim.bundle import BundleError
-from fedsim.engine import Drained, Event, Failed
+from fedsim.engine import Arrived, Drained, Event, Failed
 from fedsim.flat import ParamSpec
 from fedsim.journal import Entry, Playback, drawn, event_of
 from fedsim.server.answers import Answer, block_of
@@ -76,6 +77,8 @@ class RemoteEngine:
         spec: layout of the model; device: where answers are folded.
         counts: of what was folded.
         past: what the run is taken up from.
+        together: arrivals that wait may come as one event: only where a window closes with the last answer,
+            so that it does not matter how they were grouped.
     """
 
     def __init__(
@@ -88,11 +91,13 @@ class RemoteEngine:
         device: torch.device,
         counts: Counts,
         past: Past,
+        together: bool = False,
     ) -> None:
         self.ledger, self.board, self.planner = ledger, board, planner
         self.spec, self.device = spec, device
         self.counts = counts
         self.past = past
+        self.together = together
         self.playback = past.playback
         self.now = past.clock
         self.decision_seq, self.event_seq = past.decision_seq, past.event_seq
@@ -107,6 +112,7 @@ class RemoteEngine:
         self._timers: dict[str, float] = {}
         self._unsaved: list[tuple[int, str, float, Mapping[str, Any]]] = []
         self._events: queue.SimpleQueue[Entry | None] = queue.SimpleQueue()
+        self._coming: deque[Entry] = deque()  # out of the queue, not yet taken
         self._stop: BaseException | None = None
         known = (e.now for e in (*self.playback.decisions, *self.playback.events))
         self._started = time.monotonic() - max((past.clock, *known))
@@ -196,7 +202,8 @@ class RemoteEngine:
             entry = self.ledger.database.writer.run(close)[0]
             self.decision_seq = entry.seq
             reached("after_settle")
-        before = self.playback.before(entry.seq)
+        before = [*self.playback.before(entry.seq), *self._coming]
+        self._coming.clear()
         while not self._events.empty():
             waiting = self._events.get()
             if waiting is not None:
@@ -212,8 +219,27 @@ class RemoteEngine:
             if entry is None:
                 return Drained()
             event = self._taken(entry)
+            if isinstance(event, Arrived) and self.together:
+                return self._joined(event)
             if event is not None:
                 return event
+
+    def _joined(self, first: Arrived) -> Arrived:
+        """The arrivals that are there already, as one event."""
+        ids, versions = [first.ids], [first.base_version]
+        while True:
+            source = self.playback.events or self._coming
+            if source is self._coming and not source and not self._events.empty():
+                waiting = self._events.get()
+                if waiting is not None:
+                    source.append(waiting)
+            if not source or source[0].kind != "arrived":
+                break
+            event = self._taken(source.popleft())
+            if isinstance(event, Arrived):
+                ids.append(event.ids)
+                versions.append(event.base_version)
+        return Arrived(np.concatenate(ids), np.concatenate(versions))
 
     def _waited(self) -> Entry | None:
         """The next event that happens; None where none can."""
@@ -221,10 +247,12 @@ class RemoteEngine:
         while True:
             if self._stop is not None:
                 raise self._stop
-            if not self._timers and self._nothing_out() and self._events.empty():
+            if not self._timers and self._nothing_out() and self._empty():
                 self.ledger.database.writer.run(lambda connection: None)  # what is on its way arrives
-                if self._events.empty():
+                if self._empty():
                     return None
+            if self._coming:
+                return self._coming.popleft()
             try:
                 found = self._events.get(timeout=self._until_timer())
             except queue.Empty:
@@ -232,6 +260,9 @@ class RemoteEngine:
                 continue
             if found is not None:
                 return found
+
+    def _empty(self) -> bool:
+        return not self._coming and self._events.empty()
 
     def _nothing_out(self) -> bool:
         return not any(task.status == OPEN for task in self.tasks.values())

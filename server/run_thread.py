@@ -245,6 +245,7 @@ class RunThread(threading.Thread):
             device=run.place.clients.device,
             counts=run.counts,
             past=past,
+            together=run.synchronous and run.config.round.overcommit == 1.0,
         )
         run.join(self.engine, self.members)
         if self._halt is not None:

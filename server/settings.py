@@ -118,47 +118,47 @@ def check_settings(settings: ServerSettings) -> None:
     reachable = not is_loopback(server.listen)
     if (server.cert is None) != (server.cert_key is None):
         lacking = "cert_key" if server.cert_key is None else "cert"
-        raise _refused("121", "a certificate needs its private key", f"[server] {lacking} is missing")
+        raise _refused("FS-CFG-121", "a certificate needs its private key", f"[server] {lacking} is missing")
     if server.insecure and server.cert is not None:
         why = "insecure = true would send in plain text although a certificate is there"
-        raise _refused("122", "insecure and a certificate do not go together", why)
+        raise _refused("FS-CFG-122", "insecure and a certificate do not go together", why)
     if server.insecure_beyond_loopback and not server.insecure:
         why = "insecure_beyond_loopback widens insecure, which is not set"
-        raise _refused("122", "insecure_beyond_loopback means nothing by itself", why)
+        raise _refused("FS-CFG-122", "insecure_beyond_loopback means nothing by itself", why)
     if not server.insecure and server.cert is None:
-        raise _refused("121", "there is no certificate", "[server] cert and cert_key are not set")
+        raise _refused("FS-CFG-121", "there is no certificate", "[server] cert and cert_key are not set")
     if server.client_ca is not None and server.insecure:
         why = "client certificates are checked by TLS, which insecure = true switches off"
-        raise _refused("122", "insecure and client_ca do not go together", why)
+        raise _refused("FS-CFG-122", "insecure and client_ca do not go together", why)
     if server.insecure and reachable and not server.insecure_beyond_loopback:
         why = f"{server.listen} can be reached from other machines, which would see everything in plain text"
-        raise _refused("123", "plain text is for loopback alone", why)
+        raise _refused("FS-CFG-123", "plain text is for loopback alone", why)
     if server.allow_anonymous and reachable:
         why = f"{server.listen} can be reached from other machines, whose keys would all be let in"
-        raise _refused("124", "open registration is for loopback alone", why)
+        raise _refused("FS-CFG-124", "open registration is for loopback alone", why)
     leases = settings.leases
     if leases.seconds < 2 * leases.heartbeat_seconds:
         why = f"seconds = {leases.seconds:g}, heartbeat_seconds = {leases.heartbeat_seconds:g}"
-        raise _refused("125", "a lease must outlast two heartbeats", why)
+        raise _refused("FS-CFG-125", "a lease must outlast two heartbeats", why)
 
 
-def _refused(number: str, what: str, why: str) -> ConfigError:
-    where, hint = _ADVICE[number]
-    return ConfigError(what, code=f"FS-CFG-{number}", where=where, why=why, hint=hint)
+def _refused(code: str, what: str, why: str) -> ConfigError:
+    where, hint = _ADVICE[code]
+    return ConfigError(what, code=code, where=where, why=why, hint=hint)
 
 
 _ADVICE = {
-    "121": (
+    "FS-CFG-121": (
         "[server] cert, cert_key",
         "make one with fedsim certs dev DIR --name HOST; or give --insecure, on loopback alone",
     ),
-    "122": ("[server] insecure", "remove one of the two"),
-    "123": (
+    "FS-CFG-122": ("[server] insecure", "remove one of the two"),
+    "FS-CFG-123": (
         "[server] insecure, listen",
         "listen on 127.0.0.1, or set cert and cert_key; --insecure-beyond-loopback lifts this check",
     ),
-    "124": ("[server] allow_anonymous, listen", "invite clients with fedsim node invite"),
-    "125": ("[leases] seconds, heartbeat_seconds", "lengthen the lease or shorten the heartbeat"),
+    "FS-CFG-124": ("[server] allow_anonymous, listen", "invite clients with fedsim node invite"),
+    "FS-CFG-125": ("[leases] seconds, heartbeat_seconds", "lengthen the lease or shorten the heartbeat"),
 }
 
 

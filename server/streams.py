@@ -1,8 +1,9 @@
 """Objects on their way: down to a node by `Fetch`, up from it by `Upload`, in chunks with a CRC-32.
 
 Neither has a total deadline, both have an idle one: a slow link may take hours, a dead one is cut after a
-minute. One frame of an upload is in hand at a time and the next one is read when it is on disk, so that
-HTTP/2 slows the sender and memory does not grow. What a node may fetch is decided by its live task alone.
+minute. While one chunk is on its way to or from the disk, the next one is on the network, and no more than
+these two are in memory: HTTP/2 slows a sender that is faster than the disk. What a node may fetch is decided
+by its live task alone.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import asyncio
 import os
 import zlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from concurrent.futures import Executor, Future, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast
@@ -86,7 +87,7 @@ class Streams:
         end = min(size, request.offset + request.length) if request.length else size
         if isinstance(source, bytes):
             for at in range(request.offset, end, self._chunk_bytes):
-                await self._send(context, at, source[at : min(at + self._chunk_bytes, end)])
+                await self._send(context, _chunk(at, source[at : min(at + self._chunk_bytes, end)]))
             return
         await self._send_file(context, source, request.offset, end)
 
@@ -111,24 +112,29 @@ class Streams:
     async def _send_file(self, context: Any, path: Path, begin: int, end: int) -> None:
         loop = asyncio.get_running_loop()
         handle = await loop.run_in_executor(self._disk, os.open, path, os.O_RDONLY)
+
+        def read(at: int) -> Future[pb.Chunk]:
+            return self._disk.submit(_read, handle, at, min(self._chunk_bytes, end - at), path)
+
+        ahead = read(begin)
         try:
             for at in range(begin, end, self._chunk_bytes):
-                length = min(self._chunk_bytes, end - at)
-                data = await loop.run_in_executor(self._disk, os.pread, handle, length, at)
-                if len(data) != length:
-                    raise RuntimeError(f"object {path.name} is shorter than it was when it was opened")
-                await self._send(context, at, data)
+                chunk = await asyncio.wrap_future(ahead)
+                if at + self._chunk_bytes < end:
+                    ahead = read(at + self._chunk_bytes)
+                await self._send(context, chunk)
         finally:
-            os.close(handle)
+            # Whatever ended the call: a thread may be reading still.
+            ahead.add_done_callback(lambda _: os.close(handle))
 
-    async def _send(self, context: Any, offset: int, data: bytes) -> None:
+    async def _send(self, context: Any, chunk: pb.Chunk) -> None:
         try:
             async with asyncio.timeout(self._idle_seconds):
-                await context.write(pb.Chunk(offset=offset, data=data, crc32=zlib.crc32(data)))
+                await context.write(chunk)
         except TimeoutError:
             text = f"nothing was read for {self._idle_seconds:g} s; fetch again from your offset"
             raise Refused(StatusCode.DEADLINE_EXCEEDED, text) from None
-        self._telemetry.moved("down", "message", len(data))
+        self._telemetry.moved("down", "message", len(chunk.data))
 
     async def upload(self, node_id: str, context: Any) -> pb.UploadStatusReply:
         """Take the frames of one upload; what arrived stays, whatever ends the call.
@@ -155,14 +161,16 @@ class Streams:
     async def _receive(
         self, slot: Slot, upload: Upload, steps: _Steps, start: pb.UploadStart, context: Any
     ) -> pb.UploadStatusReply:
-        while (frame := await self._next_frame(slot, context)) is not None:
+        frame = await self._next_frame(slot, context)
+        while frame is not None:
             chunk = frame.chunk
             if frame.WhichOneof("frame") != "chunk" or len(chunk.data) > MOST_CHUNK_BYTES:
                 text = f"a frame after the first must be a chunk of at most {MOST_CHUNK_BYTES} bytes"
                 raise Refused(StatusCode.INVALID_ARGUMENT, text)
             slot.count(len(chunk.data))
             self._telemetry.moved("up", "update", len(chunk.data))
-            await steps.run(upload.write, chunk.offset, chunk.data, chunk.crc32)
+            written = steps.run(upload.write, chunk.offset, chunk.data, chunk.crc32)
+            frame = await _beside(written, self._next_frame(slot, context))
         offset = await steps.run(upload.sync)
         complete = offset == start.object.size
         if complete:
@@ -210,6 +218,28 @@ class _Steps:
         """Close the upload when the step under way has ended; nobody waits for it."""
         if self._upload is not None and self._last is not None:
             self._disk.submit(_close, self._upload, self._last)
+
+
+async def _beside(first: Coroutine[Any, Any, Any], second: Coroutine[Any, Any, T]) -> T:
+    """Do both at a time and return what the second does; a failure of either ends the other at once."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            group.create_task(first)
+            found = group.create_task(second)
+    except BaseExceptionGroup as failed:
+        raise failed.exceptions[0] from None
+    return found.result()
+
+
+def _chunk(offset: int, data: bytes) -> pb.Chunk:
+    return pb.Chunk(offset=offset, data=data, crc32=zlib.crc32(data))
+
+
+def _read(handle: int, offset: int, length: int, path: Path) -> pb.Chunk:
+    data = os.pread(handle, length, offset)
+    if len(data) != length:
+        raise RuntimeError(f"object {path.name} is shorter than it was when it was opened")
+    return _chunk(offset, data)
 
 
 def _close(upload: Future[Upload], last: Future[Any]) -> None:

@@ -21,6 +21,9 @@ from fedsim.training.work import Trained, Trainer, Work, Workplace, client_lent,
 from fedsim.transform import UpdateTransform
 from fedsim.types import Bools, Ids, Message
 
+_LARGE = 1 << 22
+"""Values above which tensors without memory are worth the second that their first use costs."""
+
 Known = Callable[[Ids], tuple[Bools, Mapping[str, Tensor]]]
 """[C] clients -> which of them have states [C], and the rows {name: [k, *shape]} of those k."""
 
@@ -113,7 +116,7 @@ def _named(tree: Any, part: str) -> dict[str, Tensor]:
 def reported(
     place: Workplace, algorithm: LocalAlgorithm, message: Message, lent: Any
 ) -> tuple[dict[str, int], tuple[str, ...]]:
-    """What every answer to a message holds, found without any data and without memory for tensors.
+    """What every answer to a message holds, found without any data, and without memory for large tensors.
 
     Args:
         message: flat; lent: one client's rows, leading 1, or ().
@@ -121,11 +124,15 @@ def reported(
     Returns:
         Names and lengths of the reported vectors, and names of the scalars.
     """
-    empty, held = pytree.tree_map(lambda leaf: leaf.to("meta"), (message, lent))
-    msg = client_message(Message(*empty), place.spec)
+    held_message, held = message, lent
+    normaliser = torch.ones(())
+    if place.spec.size > _LARGE:
+        held_message, held = pytree.tree_map(lambda leaf: leaf.to("meta"), (message, lent))
+        normaliser = normaliser.to("meta")
+    msg = client_message(Message(*held_message), place.spec)
     rows = pytree.tree_map(lambda leaf: leaf[0], client_lent(held, place.spec))
     state = algorithm.fresh(msg)
     x, carry = algorithm.init(msg, rows, state)
-    result, _, _ = algorithm.finish(msg, rows, state, x, carry, torch.ones((), device="meta"))
+    result, _, _ = algorithm.finish(msg, rows, state, x, carry, normaliser)
     sizes = {name: place.spec.flatten(vector).numel() for name, vector in result.vectors.items()}
     return sizes, tuple(result.scalars)

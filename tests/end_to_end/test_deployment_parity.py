@@ -1,0 +1,42 @@
+"""Real client processes and the simulator make the same model, bit for bit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.deployed import Deployment, values_of
+
+
+def test_two_client_processes_make_the_model_of_the_simulator(fleet: Deployment) -> None:
+    """With control variates on both sides, over TLS; bundles of the second run go in pieces."""
+    fleet.ready(2)
+    values = values_of("scaffold", clients=2, rounds=2)
+    fleet.submit(values).assert_as_simulated(values)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["fedavg", "scaffold", "fedau", "fedspeed", "fedhyper"])
+def test_five_client_processes_make_the_model_of_the_simulator(fleet: Deployment, strategy: str) -> None:
+    fleet.ready(5)
+    # Three of five: who is drawn, and what clients keep while they are not, belongs to it.
+    values = values_of(strategy, clients=5, rounds=5, round={"sample": 3})
+    fleet.submit(values).assert_as_simulated(values)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("every", [1, 3])
+@pytest.mark.parametrize("strategy", ["fedbuff", "fedasync"])
+def test_an_asynchronous_run_equals_the_replay_of_its_ledger(
+    fleet: Deployment, strategy: str, every: int
+) -> None:
+    fleet.ready(5)
+    scheduler: dict[str, Any] = {"name": "buffer", "size": 2} if strategy == "fedbuff" else {"name": "async"}
+    values = values_of(
+        strategy, clients=5, rounds=12, round={"sample": 4}, scheduler=scheduler,
+        deployment={"checkpoint_every": every, "min_clients": 5},
+    )  # fmt: skip
+    run = fleet.submit(values)
+    run.ok()
+    assert run.digest == run.replayed()
