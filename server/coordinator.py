@@ -13,7 +13,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, suppress
 from typing import Any
@@ -30,6 +30,7 @@ from fedsim.server.fleet_parts import FleetParts
 from fedsim.server.health import DRAINING, OPENING, STORAGE, Health
 from fedsim.server.http import HttpServer, read_token
 from fedsim.server.logs import start_logging, stop_logging
+from fedsim.server.server_run import ServerRun
 from fedsim.server.services import Services
 from fedsim.server.settings import ServerSettings
 from fedsim.server.state import State, listening_file
@@ -117,6 +118,8 @@ class Coordinator:
             loop = asyncio.get_running_loop()
             state = await loop.run_in_executor(self._disk, State, self.settings)
             undo.push_async_callback(loop.run_in_executor, None, state.close)
+            state.runs.on_window = self._window_done
+            state.database.writer.on_commit = self._telemetry.committed
             self._fleet, control = self._serve(state, services)
             undo.callback(self._fleet.presence.close)
             watching = [
@@ -153,6 +156,21 @@ class Coordinator:
             raise _port_taken(listen, "the system gave no reason")
         await server.start()
         return server, Address(listen.host, port)
+
+    def _window_done(
+        self, run: ServerRun, name: str, record: dict[str, Any], phases: Mapping[str, float]
+    ) -> None:
+        """Count a window that was committed; in the run's thread."""
+        telemetry = self._telemetry
+        telemetry.round(name, record["round"])
+        for phase, seconds in phases.items():
+            telemetry.phase(phase, seconds)
+        if "aggregate" in phases:
+            telemetry.aggregated(run.config.strategy.name, phases["aggregate"])
+        outcomes = {"received": "answered", "refused": "failed", "lost": "failed", "late": "late"}
+        for key, outcome in outcomes.items():
+            for _ in range(record[key]):
+                telemetry.task(outcome)
 
     def _http(self) -> HttpServer:
         path = self.settings.server.http_token

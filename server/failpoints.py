@@ -22,7 +22,7 @@ POINTS = {
     "after_commit": "a round is committed, and nothing old is cleared away",
     "after_clearing": "a round is committed and cleared up, the next one not begun",
     "before_finish": "the last round is committed, the run folder is not complete",
-    "object_renamed": "an upload became an object that no row names",
+    "object_renamed": "an upload became an object that no answer names",
     "upload_synced": "a part of an upload is on the disk, its offset is not",
 }
 """Every point, and what is on the disk when it is reached."""

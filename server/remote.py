@@ -9,9 +9,7 @@ So the run's clock shows the time of the last event, and stands still while the 
 from __future__ import annotations
 
 import logging
-import queue
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,6 +25,7 @@ from fedsim.journal import Entry, Playback, drawn, event_of
 from fedsim.server.answers import Answer, block_of
 from fedsim.server.board import ANSWERED, CLOSED, OPEN, Board, OpenTask
 from fedsim.server.failpoints import reached
+from fedsim.server.inbox import Inbox
 from fedsim.server.planning import Planner
 from fedsim.server.run_ledger import RunLedger
 from fedsim.types import Ids, Task, UpdateBlock
@@ -102,6 +101,7 @@ class RemoteEngine:
         self.now = past.clock
         self.decision_seq, self.event_seq = past.decision_seq, past.event_seq
         self.window = self.attempt = 0
+        self.closed_at = 0.0  # when the window's answers were first asked for, of time.perf_counter
         self.tasks: dict[TaskKey, OpenTask] = {}
         self.answers: dict[TaskKey, Answer] = {}
         self.folded: list[bytes] = []  # tasks whose answers no checkpoint contains yet
@@ -109,36 +109,30 @@ class RemoteEngine:
         # Set by the run's thread, but for `settle`; read within the writer's order.
         self.accepting = not any(e.kind == "settle" for e in self.playback.decisions)
         self._announced: dict[TaskKey, None] = {}  # told to the federation, in that order
-        self._timers: dict[str, float] = {}
         self._unsaved: list[tuple[int, str, float, Mapping[str, Any]]] = []
-        self._events: queue.SimpleQueue[Entry | None] = queue.SimpleQueue()
-        self._coming: deque[Entry] = deque()  # out of the queue, not yet taken
-        self._stop: BaseException | None = None
         known = (e.now for e in (*self.playback.decisions, *self.playback.events))
-        self._started = time.monotonic() - max((past.clock, *known))
+        self.inbox = Inbox(ledger, max((past.clock, *known)))
 
     # ------------------------------------------------------------ called from any thread
 
     @property
     def real_now(self) -> float:
         """Seconds of the run's clock at this moment."""
-        return time.monotonic() - self._started
+        return self.inbox.now
 
     def deliver(self, entries: Sequence[Entry]) -> None:
         """Events that were just committed; called in the writer's thread, in order."""
-        for entry in entries:
-            self._events.put(entry)
+        self.inbox.put(entries)
 
     def stop(self, reason: BaseException) -> None:
         """The run's thread raises `reason` at its next event."""
-        self._stop = reason
-        self._events.put(None)
+        self.inbox.stop(reason)
 
     # ------------------------------------------------------------ decisions
 
     def open_window(self, index: int, attempt: int) -> None:
         """A window opens; until its first event its time is the run's clock now."""
-        self.window, self.attempt = index, attempt
+        self.window, self.attempt, self.closed_at = index, attempt, 0.0
         entry = self._decided("window")
         self.now = max(self.now, self.real_now if entry is None else entry.now)
         if entry is None:
@@ -188,7 +182,7 @@ class RemoteEngine:
         self.board.put(planned)
 
     def set_timer(self, name: str, at: float) -> None:
-        self._timers[name] = at
+        self.inbox.timers[name] = at
 
     def settle(self) -> list[Event]:
         entry = self._decided("settle")
@@ -202,12 +196,7 @@ class RemoteEngine:
             entry = self.ledger.database.writer.run(close)[0]
             self.decision_seq = entry.seq
             reached("after_settle")
-        before = [*self.playback.before(entry.seq), *self._coming]
-        self._coming.clear()
-        while not self._events.empty():
-            waiting = self._events.get()
-            if waiting is not None:
-                before.append(waiting)
+        before = [*self.playback.before(entry.seq), *self.inbox.emptied()]
         return [event for entry in before if (event := self._taken(entry)) is not None]
 
     # ------------------------------------------------------------ events
@@ -215,7 +204,10 @@ class RemoteEngine:
     def next_event(self) -> Event:
         self._flush()
         while True:
-            entry = self.playback.event() or self._waited()
+            entry = self.playback.event()
+            if entry is None:
+                self.accepting = True
+                entry = self.inbox.next(self.window, self._nothing_out)
             if entry is None:
                 return Drained()
             event = self._taken(entry)
@@ -228,11 +220,7 @@ class RemoteEngine:
         """The arrivals that are there already, as one event."""
         ids, versions = [first.ids], [first.base_version]
         while True:
-            source = self.playback.events or self._coming
-            if source is self._coming and not source and not self._events.empty():
-                waiting = self._events.get()
-                if waiting is not None:
-                    source.append(waiting)
+            source = self.playback.events or self.inbox.waiting()
             if not source or source[0].kind != "arrived":
                 break
             event = self._taken(source.popleft())
@@ -241,44 +229,8 @@ class RemoteEngine:
                 versions.append(event.base_version)
         return Arrived(np.concatenate(ids), np.concatenate(versions))
 
-    def _waited(self) -> Entry | None:
-        """The next event that happens; None where none can."""
-        self.accepting = True
-        while True:
-            if self._stop is not None:
-                raise self._stop
-            if not self._timers and self._nothing_out() and self._empty():
-                self.ledger.database.writer.run(lambda connection: None)  # what is on its way arrives
-                if self._empty():
-                    return None
-            if self._coming:
-                return self._coming.popleft()
-            try:
-                found = self._events.get(timeout=self._until_timer())
-            except queue.Empty:
-                self._ring()
-                continue
-            if found is not None:
-                return found
-
-    def _empty(self) -> bool:
-        return not self._coming and self._events.empty()
-
     def _nothing_out(self) -> bool:
         return not any(task.status == OPEN for task in self.tasks.values())
-
-    def _until_timer(self) -> float | None:
-        return max(0.0, min(self._timers.values()) - self.real_now) if self._timers else None
-
-    def _ring(self) -> None:
-        """The earliest timer, if it is due, takes its place among the events."""
-        name = min(self._timers, key=lambda timer: self._timers[timer])
-        at = self._timers[name]
-        if at <= self.real_now:
-            line = (self.window, "timer", at, {"name": name})
-            writer = self.ledger.database.writer
-            writer.submit(lambda connection: self.ledger.note(connection, [line]), self.deliver).result()
-            del self._timers[name]
 
     def _taken(self, entry: Entry) -> Event | None:
         """The event of an entry; None where it is about a task that is no longer the client's."""
@@ -286,7 +238,7 @@ class RemoteEngine:
         self.event_seq = entry.seq
         payload = entry.payload
         if entry.kind == "timer":
-            self._timers.pop(payload["name"], None)
+            self.inbox.timers.pop(payload["name"], None)
             return event_of(entry)
         key = payload["client"], payload["version"]
         task = self.tasks.get(key)
@@ -301,6 +253,7 @@ class RemoteEngine:
     # ------------------------------------------------------------ answers
 
     def collect(self, ids: Ids, base_version: Ids) -> Iterator[UpdateBlock | Failed]:
+        self.closed_at = self.closed_at or time.perf_counter()
         for client, version in zip(ids.tolist(), base_version.tolist(), strict=True):
             answer = self.answers[client, version]
             try:
@@ -334,7 +287,7 @@ class RemoteEngine:
         self.board.forget(over)
 
     def cancel(self) -> None:
-        self._timers.clear()
+        self.inbox.timers.clear()
         self.cancelled += [task.task_id for task in self.tasks.values()]
         self.board.forget(list(self.tasks.values()))
         self.tasks.clear()

@@ -11,7 +11,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -62,7 +62,8 @@ class RunThread(threading.Thread):
         run: built, not yet joined; folder: its run folder.
         planner: makes its tasks.
         on_ready: called with this thread once clients can be asked, and answers taken; on_end: at its end.
-        on_change: called when watchers can be told something.
+        on_change: called when watchers can be told something; on_window: with each committed
+            record and the seconds of its phases.
     """
 
     def __init__(
@@ -78,18 +79,21 @@ class RunThread(threading.Thread):
         on_ready: Callable[[RunThread], None],
         on_end: Callable[[RunThread], None],
         on_change: Callable[[], None],
+        on_window: Callable[[Record, Mapping[str, float]], None],
     ) -> None:
         super().__init__(name=f"run-{ledger.run_id}", daemon=True)
         self.run_parts, self.folder = run, folder
         self.ledger, self.board, self.planner = ledger, board, planner
         self.members, self.segments = members, segments
-        self.on_ready, self.on_end, self.on_change = on_ready, on_end, on_change
+        self.on_ready, self.on_end = on_ready, on_end
+        self.on_change, self.on_window = on_change, on_window
         self.engine: RemoteEngine
         self.progress: Progress = progress_of(run.config, run.evaluator.names)
         self.ending: Stop | None = None  # after the open round
         self.last_record: Record | None = None
         self._halt: Stop | None = None  # at once
         self._archived = 0
+        self._waited = 0.0  # seconds for clients, since the last window
         self._forget = 0  # entries up to here are in the state before the last
         self._over = "running"  # how the run ended, where only its folder was not complete
         self._moved = (0, 0)  # bytes down and up since the last checkpoint
@@ -206,7 +210,9 @@ class RunThread(threading.Thread):
                     why=f"not_enough_clients: {there} of {wanted} were there after {seconds:g} s",
                     hint="start more clients and resume the run, or lower [deployment] min_clients",
                 )
+            began = time.perf_counter()
             self.members.wait(min(1.0, max(0.01, until - time.monotonic())))
+            self._waited += time.perf_counter() - began
             there = self.members.enlist()
         if shown >= 0:
             self._say("running", "")
@@ -305,6 +311,7 @@ class RunThread(threading.Thread):
     def _commit(self, record: Record, outcome: str) -> None:
         """Make the window durable: by itself in a synchronous run, else by the journal until a checkpoint."""
         run, folder = self.run_parts, self.folder
+        began = time.perf_counter()
         reached("before_lines")
         folder.append_record(record)
         self._moved = self._moved[0] + record["bytes_down"], self._moved[1] + record["bytes_up"]
@@ -318,6 +325,9 @@ class RunThread(threading.Thread):
             self.ledger.database.writer.submit(lambda c: self.ledger.tell(c, "round", record))
         self.engine.done()
         self.last_record = record
+        phases = record["time"]["phases"] | {"wait": self._waited, "commit": time.perf_counter() - began}
+        self.on_window(record, phases)
+        self._waited = 0.0
         self.on_change()
         done, spacing = record["round"], run.config.output.checkpoint_every
         if spacing and done and done % spacing == 0 and record["outcome"] != "failed":

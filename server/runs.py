@@ -9,7 +9,7 @@ import secrets
 import threading
 import time
 import tomllib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,9 @@ log = logging.getLogger(__name__)
 
 PAUSED_RETRY_SECONDS = 5.0
 SWEEP_SECONDS = 1.0
+
+OnWindow = Callable[[ServerRun, str, dict[str, Any], Mapping[str, float]], None]
+"""(run, its name, record, seconds of each phase): a window was committed."""
 
 
 class NoSuchRun(FedsimError):
@@ -75,6 +78,7 @@ class Runs:
         self.runs_folder = state / "runs"
         self.board = Board(key)
         self.on_events: Callable[[], None] = lambda: None
+        self.on_window: OnWindow = lambda run, name, record, phases: None
         self._candidates = candidates
         self._inline_bytes, self._lease_seconds = inline_bytes, lease_seconds
         self._door = threading.RLock()
@@ -375,6 +379,7 @@ class Runs:
             on_ready=self._ready,
             on_end=self._ended,
             on_change=lambda: self.on_events(),
+            on_window=lambda record, phases: self.on_window(run, name, record, phases),
         )
         if stopping:
             thread.end_after_round("stopped", "by an operator")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import numpy as np
@@ -129,7 +130,12 @@ class ServerRun(FederatedRun):
     def _round(self, phases: dict[str, float]) -> dict[str, Any]:
         state = self.federation.state
         self.engine.open_window(state.round_index, state.failures)
-        return super()._round(phases)
+        began = time.perf_counter()
+        record = super()._round(phases)
+        closed = self.engine.closed_at or time.perf_counter()
+        phases["collect"] = closed - began
+        phases["aggregate"] = max(0.0, began + phases.pop("train") - closed)
+        return record
 
     def _sample(self, round_index: int, draw: int, count: int, busy: Ids) -> Ids:
         def there(ids: Ids, _: int) -> Bools:

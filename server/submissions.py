@@ -17,6 +17,7 @@ from fedsim.bundle import Object, digest
 from fedsim.pb import federation_pb2 as pb
 from fedsim.server.board import OPEN
 from fedsim.server.calls import Refused
+from fedsim.server.completions import Completions
 from fedsim.server.desk import Decision, Place
 from fedsim.server.streams import NOT_LEASED
 from fedsim.server.telemetry import describe_verdict
@@ -52,6 +53,7 @@ class Submissions:
         self._parts = parts
         self._runs = parts.runs
         self._loop = asyncio.get_running_loop()
+        self._completions = Completions()
 
     async def decide(self, request: pb.SubmitRequest, peer: Peer) -> Outcome:
         """The decision on a submission of `peer`.
@@ -77,7 +79,7 @@ class Submissions:
             future = self._runs.accept(task, body, request, found)
         else:
             future = self._runs.reject(task, body, request, found.reason, found.text)
-        return self._counted(Outcome(await asyncio.wrap_future(future), task))
+        return self._counted(Outcome(await self._completions.of(future), task))
 
     async def _weighed(
         self, task: OpenTask, body: pb.SubmitBody, request: pb.SubmitRequest, node_id: str

@@ -14,6 +14,7 @@ from pathlib import Path
 from grpc import StatusCode
 
 from fedsim.bundle import Object
+from fedsim.server.failpoints import reached
 from fedsim.server.ledger_errors import LedgerProblem, file_trouble
 from fedsim.server.objects import Objects
 from fedsim.server.upload_rows import Row, UploadRefused, UploadRows, from_ledger, overtaken
@@ -192,9 +193,11 @@ class Upload:
             self._row = self._recorded(lambda: self._rows.advance(self._row, self._row.size, complete=True))
             self._close_file()
             try:
-                return self._objects.adopt(self._file, self._row.digest)
+                found = self._objects.adopt(self._file, self._row.digest)
             except LedgerProblem as error:
                 raise from_ledger(error) from error
+            reached("object_renamed")
+            return found
 
     def fence(self) -> None:
         """Take no more: a newer stream goes on. What arrived is kept."""
@@ -250,6 +253,7 @@ class Upload:
             self._received = self._row.offset
             self._close_file()
             raise from_ledger(file_trouble(error, self._file)) from error
+        reached("upload_synced")
 
     def _recorded(self, change: Callable[[], Row]) -> Row:
         try:

@@ -11,6 +11,7 @@ import asyncio
 import logging
 import queue
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
@@ -71,6 +72,7 @@ class Writer:
         self._door = threading.Lock()
         self._closing = threading.Event()
         self._connection: Connection | None = None
+        self.on_commit: Callable[[float], None] = lambda seconds: None  # told how long each commit took
         self._syncables: dict[int, Syncable] = {}
         self._thread = threading.Thread(target=self._work, name="ledger-writer", daemon=True)
         self._thread.start()
@@ -153,7 +155,9 @@ class Writer:
         kept = [job for job in jobs if self._attempt(job, connection, transaction)]
         self._sync()
         try:
+            began = time.perf_counter()
             transaction.commit()
+            self.on_commit(time.perf_counter() - began)
         except BaseException as error:
             found = trouble(error, self._where)
             if found is not None and not isinstance(found, StorageFull):
