@@ -1,8 +1,8 @@
-"""Futures of the writer's thread, awaited on the event loop, many with one wake-up.
+"""Futures of the writer's thread, awaited on the event loop.
 
-The writer completes up to 64 futures at once. To wake the loop for each of them is a system call and a
-change of the thread that holds the interpreter, 64 times; so the loop is woken for the first one and takes
-the others along a moment later.
+`asyncio.wrap_future` would cancel the future when a caller hangs up, and what the writer was asked to do is
+done whoever listens. The writer also completes up to 64 futures at once, and waking the loop is a system
+call: so it is woken for the first one and takes the others along a moment later.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ written back, exit code 0. A second signal ends the process at once; the state i
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import logging
 import os
@@ -62,7 +63,8 @@ async def serve(settings: ServerSettings) -> int:
     """
     handler = start_logging(settings.server.log_format, settings.server.log_level)
     try:
-        await Coordinator(settings).run()
+        # What was loaded and opened stays: the collector need not look at it again and again.
+        await Coordinator(settings, on_serving=lambda address: gc.freeze()).run()
     finally:
         stop_logging(handler)
     return 0

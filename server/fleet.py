@@ -22,6 +22,7 @@ from fedsim.pb import federation_pb2 as pb
 from fedsim.pb.federation_pb2_grpc import FleetServicer
 from fedsim.server.auth import certificate_names
 from fedsim.server.calls import Refused, answered, refuse
+from fedsim.server.completions import Completions
 from fedsim.server.leases import Leases
 from fedsim.server.polls import Polls
 from fedsim.server.presence import Presence
@@ -96,7 +97,8 @@ class Fleet(FleetServicer):
             chunk_bytes=self.limits.chunk_bytes,
             idle_seconds=parts.idle_seconds,
         )
-        self.submissions = Submissions(parts)
+        self._completions = Completions()
+        self.submissions = Submissions(parts, self._completions)
         parts.runs.on_offers = self.polls.wake_soon
 
     # What a node does to be let in: no ticket yet.
@@ -219,7 +221,7 @@ class Fleet(FleetServicer):
         task = self._task(peer, request.task_id)
         # A report on an earlier attempt that arrives late says nothing about this one.
         if request.attempt == task.attempt:
-            await asyncio.wrap_future(self._runs.fail(task, request.code, request.text[:_MOST_TEXT]))
+            await self._completions.of(self._runs.fail(task, request.code, request.text[:_MOST_TEXT]))
             self._end(task.task_id, peer.node_id)
         return pb.FailReply()
 

@@ -17,7 +17,6 @@ from fedsim.bundle import Object, digest
 from fedsim.pb import federation_pb2 as pb
 from fedsim.server.board import OPEN
 from fedsim.server.calls import Refused
-from fedsim.server.completions import Completions
 from fedsim.server.desk import Decision, Place
 from fedsim.server.streams import NOT_LEASED
 from fedsim.server.telemetry import describe_verdict
@@ -26,6 +25,7 @@ from fedsim.server.validate import Clipped, Rejected, validate
 if TYPE_CHECKING:
     from fedsim.server.auth import Peer
     from fedsim.server.board import OpenTask
+    from fedsim.server.completions import Completions
     from fedsim.server.fleet_parts import FleetParts
 
 ID_BYTES, DIGEST_BYTES = 16, 32
@@ -47,13 +47,14 @@ class Submissions:
 
     Args:
         parts: of the service.
+        completions: awaits the ledger.
     """
 
-    def __init__(self, parts: FleetParts) -> None:
+    def __init__(self, parts: FleetParts, completions: Completions) -> None:
         self._parts = parts
+        self._completions = completions
         self._runs = parts.runs
         self._loop = asyncio.get_running_loop()
-        self._completions = Completions()
 
     async def decide(self, request: pb.SubmitRequest, peer: Peer) -> Outcome:
         """The decision on a submission of `peer`.

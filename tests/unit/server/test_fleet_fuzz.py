@@ -90,10 +90,11 @@ class Line:
             if method == "Fetch":
                 list(found)
         except grpc.RpcError as error:
-            code = error.code()
-            assert code not in SURPRISED, f"{method}: {code.name} {error.details()}"
-            return code
-        return StatusCode.OK
+            code, text = error.code(), error.details()
+        else:
+            code, text = StatusCode.OK, ""
+        assert code not in SURPRISED, f"{method}: {code.name} {text}"
+        return code
 
 
 @contextmanager

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from concurrent.futures import Future
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from fedsim.pb import federation_pb2 as pb
+from fedsim.server.completions import Completions
 from fedsim.server.leases import Leases
 from fedsim.server.polls import Polls
 from fedsim.server.presence import Presence
@@ -303,6 +305,37 @@ def test_a_mistake_in_offering_reaches_one_call_and_the_others_are_served() -> N
     broken, served = asyncio.run(scenario())
     assert isinstance(broken, KeyError)
     assert served.task_id == b"\2"
+
+
+# What the writer completes.
+
+
+def test_futures_of_another_thread_are_awaited_and_a_caller_that_hangs_up_cancels_nothing() -> None:
+    async def scenario() -> tuple[list[Any], bool]:
+        completions = Completions()
+        futures: list[Future[int]] = [Future() for _ in range(5)]
+        calls = [asyncio.create_task(completions.of(future)) for future in futures]
+        await asyncio.sleep(0)
+        calls[4].cancel()
+        await asyncio.sleep(0)
+
+        def complete() -> None:
+            for number, future in enumerate(futures):
+                if number == 3:
+                    future.set_exception(KeyError("lost"))
+                else:
+                    future.set_result(number)
+
+        await asyncio.to_thread(complete)
+        found = await asyncio.wait_for(asyncio.gather(*calls, return_exceptions=True), 10)
+        return [*found, await completions.of(futures[0])], futures[4].cancelled()
+
+    found, cancelled = asyncio.run(scenario())
+    assert found[:3] == [0, 1, 2]
+    assert isinstance(found[3], KeyError)
+    assert isinstance(found[4], asyncio.CancelledError)
+    assert found[5] == 0
+    assert not cancelled
 
 
 # Presence.

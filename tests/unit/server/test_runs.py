@@ -149,6 +149,8 @@ def test_the_same_answer_twice_counts_once(coordinator: Coordinator) -> None:
     assert later is not None
     assert (later.verdict, later.first) == (pb.DUPLICATE, pb.ACCEPTED)
     assert coordinator.runs.earlier(coordinator.nodes[1].node_id, body) is None, "S12: not its task"
+    body.task_id = os.urandom(16)
+    assert coordinator.runs.earlier(node.node_id, body) is None, "S12: a guess"
     assert coordinator.serve(run_id) == "ok"
     assert [line["received"] for line in lines(coordinator, run_id, "metrics.jsonl")][1:] == [N] * 3
 
