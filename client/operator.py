@@ -1,6 +1,6 @@
 """An operator's hands on a coordinator: submit runs, watch, stop and look at them, from ordinary code.
 
-    with connect("lab") as lab:
+    with fedsim.connect("lab") as lab:
         run = lab.submit(Path("fedsim.toml"), name="digits")
         for event in lab.watch(run.run_id):
             print(event.type, event.data)
@@ -141,11 +141,11 @@ class Operator:
         return run_of(self._link.call("GetRun", pb.RunRequest(run_id=run)))
 
     def pause(self, run: str) -> RemoteRun:
-        """Plan no further round until `resume`."""
+        """Halt a run at once, in the middle of its round, until `resume`."""
         return run_of(self._link.call("PauseRun", pb.RunRequest(run_id=run)))
 
     def resume(self, run: str) -> RemoteRun:
-        """Go on after `pause`."""
+        """Go on with a run that is paused, was stopped or has failed."""
         return run_of(self._link.call("ResumeRun", pb.RunRequest(run_id=run)))
 
     def stop(self, run: str, *, now: bool = False) -> RemoteRun:

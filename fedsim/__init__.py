@@ -2,6 +2,13 @@
 
 The names below are the public interface; each is imported when it is first used, so that
 ``import fedsim`` and ``fedsim --help`` load neither torch nor anything heavy.
+
+    result = fedsim.simulate(strategy="fedavg", rounds=10)
+
+    with fedsim.connect("lab") as lab:  # a coordinator, by its entry in connections.toml or HOST:PORT
+        run = lab.submit(Path("fedsim.toml"), name="digits")
+        for event in lab.watch(run.run_id):
+            print(event.type, event.data)
 """
 
 from __future__ import annotations
@@ -14,6 +21,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from fedsim import data as data
     from fedsim import models as models
+    from fedsim.client.operator import connect as connect
     from fedsim.data import FederatedData as FederatedData
     from fedsim.data import from_arrays as from_arrays
     from fedsim.data import from_datasets as from_datasets
@@ -36,6 +44,7 @@ _WHERE = {
     "RunResult": "fedsim.runs.result",
     "Simulation": "fedsim.simulation.run",
     "Strategy": "fedsim.strategy",
+    "connect": "fedsim.client.operator",
     "from_arrays": "fedsim.data",
     "from_datasets": "fedsim.data",
     "make_strategy": "fedsim.strategy",

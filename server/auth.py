@@ -27,6 +27,7 @@ from fedsim.server.database import Database
 from fedsim.server.denied import Denied
 from fedsim.server.enrolment import Applicant, NameTaken
 from fedsim.server.labels import check_labels, check_name
+from fedsim.server.logs import fields
 from fedsim.server.node_rows import APPROVED, PENDING, REVOKED
 from fedsim.server.nodes import Nodes
 from fedsim.server.nonces import Nonces
@@ -148,7 +149,8 @@ class Auth:
                 node=node_id, name=node.name, role=node.role, state=node.state, labels=dict(node.labels),
                 address=address, how=how,
             )  # fmt: skip
-            log.info("node=%s name=%s role=%s state=%s enrolled", node_id, node.name, node.role, node.state)
+            about = fields(node=node_id)
+            log.info("enrolled name=%s role=%s state=%s", node.name, node.role, node.state, extra=about)
         return pb.EnrolReply(node_id=node_id, state=_STATES[node.state], name=node.name)
 
     def login(
@@ -186,7 +188,7 @@ class Auth:
         self._check_certificate(certificate, node_id, row.name)
         if not self._nonces.use(body.nonce):
             raise self._failed(who, _old_nonce())
-        self._look_at_clock(body.client_time, row.name)
+        self._look_at_clock(body.client_time, node_id, row.name)
         peer = Peer(node_id, row.name, row.role, body.public_key, body.session)
         build = printable(body.build, longest=_MOST_BUILD)
         ticket = self._tickets.issue(peer, address=address, build=build)
@@ -254,16 +256,17 @@ class Auth:
         return denied
 
     def _audit_failure(self, action: str, node_id: str, address: str) -> None:
-        log.warning("node=%s address=%s %s", node_id, printable(address, longest=64), action)
+        log.warning("%s address=%s", action, printable(address, longest=64), extra=fields(node=node_id))
         if self._audited.wait(address) == 0:
             self._audited.failed(address)
             self._audit.write(action, node=node_id, address=address)
 
-    def _look_at_clock(self, client_time: float, name: str) -> None:
+    def _look_at_clock(self, client_time: float, node_id: str, name: str) -> None:
         """Nothing depends on the client's clock; logs are easier to read when it is right."""
         skew = client_time - self._wall()
         if client_time and not abs(skew) <= SKEW_SECONDS:
-            log.warning("node=%s clock_seconds=%+.0f its clock differs from this machine's", name, skew)
+            text = "name=%s clock_seconds=%+.0f its clock differs from this machine's"
+            log.warning(text, name, skew, extra=fields(node=node_id))
 
 
 def certificate_names(auth_context: Any) -> frozenset[str]:

@@ -124,7 +124,7 @@ def refusal(error: Exception) -> Refused | None:
             log.error("the coordinator cannot store or read its state: %s", error)
             code = StatusCode.RESOURCE_EXHAUSTED if error.code in _FULL else StatusCode.UNAVAILABLE
             text = f"the coordinator cannot store this now ({error.code}); try again later"
-            return Refused(code, text, retry_seconds=30.0 if error.code in _FULL else 2.0)
+            return Refused(code, text, retry_seconds=10.0 if error.code in _FULL else 2.0)
         case FedsimError():
             return Refused(_code_of(error), error.what)
     return None

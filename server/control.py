@@ -26,6 +26,7 @@ from fedsim.runs.folder import LOG
 from fedsim.server.artifacts import lines_from, open_artifact
 from fedsim.server.calls import Refused, answered
 from fedsim.server.control_checks import check_submission, node_name, node_of, run_name, told_to_operator
+from fedsim.server.logs import fields
 from fedsim.server.nodes import TOKEN_SECONDS
 from fedsim.server.watch import OVER, Watchers
 from fedsim.wire import MAJOR, MINOR
@@ -225,7 +226,7 @@ class ControlService(ControlServicer):
     async def Drain(self, request: pb.DrainRequest, context: Any) -> pb.DrainReply:
         peer = self._peer(context, ADMIN)
         await self._audit(peer, "drain")
-        log.info("an operator asked for a drain")
+        log.info("an operator asked for a drain", extra=fields(node=peer.node_id))
         self._parts.drain()
         return pb.DrainReply()
 

@@ -10,7 +10,7 @@ from grpc import StatusCode
 from fedsim.errors import ConfigError, DataError, FedsimError, ModelError
 from fedsim.pb import federation_pb2 as pb
 from fedsim.server.calls import Refused
-from fedsim.server.runs import NoSuchRun
+from fedsim.server.run_table import NoSuchRun
 
 if TYPE_CHECKING:
     from fedsim.server.node_rows import Node

@@ -197,6 +197,7 @@ class Coordinator:
                 work=self._work,
                 disk=self._disk,
                 incarnation=state.incarnation,
+                seen=state.nodes.seen,
             )
         )
         control = ControlService(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import logging
 import time
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -20,12 +21,15 @@ from grpc import StatusCode
 from fedsim import __version__
 from fedsim.pb import federation_pb2 as pb
 from fedsim.pb.federation_pb2_grpc import FleetServicer
+from fedsim.printable import printable
 from fedsim.server.auth import certificate_names
 from fedsim.server.calls import Refused, answered, refuse
 from fedsim.server.completions import Completions
 from fedsim.server.leases import Leases
+from fedsim.server.logs import fields, task_fields
 from fedsim.server.polls import Polls
 from fedsim.server.presence import Presence
+from fedsim.server.sightings import Sightings
 from fedsim.server.slots import Slots
 from fedsim.server.streams import NOT_LEASED, Streams
 from fedsim.server.submissions import Submissions
@@ -39,12 +43,15 @@ if TYPE_CHECKING:
 R = TypeVar("R")
 Q = TypeVar("Q")
 
+log = logging.getLogger(__name__)
+
 CAPABILITIES = ("inline", "resume")
 FAILURES = frozenset({"oom", "cuda_oom", "data", "policy_refused", "exception", "cancelled", "timeout"})
 CLIENT = "client"
 DRAINING, IDLE, BUSY = "draining", "idle", "busy"
 _MOST_HELD = 64
 _MOST_TEXT = 2_000
+_LONGEST_SAID = 500  # of it in the log
 _DRAIN_DELAY_SECONDS = 5.0
 
 
@@ -97,6 +104,7 @@ class Fleet(FleetServicer):
             chunk_bytes=self.limits.chunk_bytes,
             idle_seconds=parts.idle_seconds,
         )
+        self._sightings = Sightings(parts.seen)
         self._completions = Completions()
         self.submissions = Submissions(parts, self._completions)
         parts.runs.on_offers = self.polls.wake_soon
@@ -142,6 +150,7 @@ class Fleet(FleetServicer):
     @counted
     async def Lease(self, request: pb.LeaseRequest, context: Any) -> pb.LeaseReply:
         peer = self._node(context)
+        self._sightings.seen(peer.node_id, request.device)
         task = None if self.draining else self._runs.offer(peer.node_id)
         if task is None and not self.draining and request.wait_seconds > 0:
             if self.polls.full and peer.node_id not in self.polls:
@@ -154,7 +163,9 @@ class Fleet(FleetServicer):
         if task is None:
             return pb.LeaseReply(delay_seconds=0.0 if request.wait_seconds > 0 else 1.0, reason=IDLE)
         self.leases.grant(task)
-        return pb.LeaseReply(offer=task.offer(self._key))
+        offer = task.offer(self._key)
+        self._parts.telemetry.moved("down", "message", len(offer.message) + len(offer.lent))
+        return pb.LeaseReply(offer=offer)
 
     @counted
     async def Heartbeat(self, request: pb.HeartbeatRequest, context: Any) -> pb.HeartbeatReply:
@@ -205,6 +216,9 @@ class Fleet(FleetServicer):
         # A lease ends with the verdict, but not where the node is asked to send the update again.
         if task is not None and found.verdict != pb.RETRY:
             self._end(task.task_id, peer.node_id)
+        if task is not None and found.verdict == pb.REJECTED:
+            said = printable(found.text, longest=_LONGEST_SAID)
+            log.warning("an update is refused: %s: %s", found.reason, said, extra=task_fields(task))
         return pb.SubmitReply(
             verdict=cast(pb.Verdict, found.verdict),
             reason=found.reason,
@@ -221,6 +235,9 @@ class Fleet(FleetServicer):
         task = self._task(peer, request.task_id)
         # A report on an earlier attempt that arrives late says nothing about this one.
         if request.attempt == task.attempt:
+            if self.leases.holder(task.task_id) == peer.node_id:  # a line each time it asks would be too many
+                said = printable(request.text, longest=_LONGEST_SAID)
+                log.warning("a task failed: %s: %s", request.code, said, extra=task_fields(task))
             await self._completions.of(self._runs.fail(task, request.code, request.text[:_MOST_TEXT]))
             self._end(task.task_id, peer.node_id)
         return pb.FailReply()
@@ -255,9 +272,12 @@ class Fleet(FleetServicer):
         if stood_still:
             self.presence.refresh()
         for task_id in self.leases.overdue(gap_seconds):
+            task = self._runs.task(task_id)
+            log.warning("a lease is over", extra=fields(task=task_id) if task is None else task_fields(task))
             self._parts.telemetry.lease_expired()
             self._runs.expired(task_id)
         self.presence.sweep(parked=self.polls.__contains__)
+        self._sightings.write()
 
     def _peer(self, context: Any) -> Peer:
         """Who calls; operators log in, renew their tickets and say goodbye here as well."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -26,6 +27,7 @@ class FleetParts:
         work: threads that compute; disk: threads that read and write.
         poll_seconds: a call for work is parked at most that long.
         idle_seconds: a stream without a byte for so long is cut.
+        seen: told about once a second which nodes asked for work, and on what device each computes.
     """
 
     auth: Auth
@@ -40,3 +42,4 @@ class FleetParts:
     incarnation: int = 0
     poll_seconds: float = 25.0
     idle_seconds: float = 60.0
+    seen: Callable[[Mapping[str, str]], None] = lambda devices: None

@@ -1,8 +1,8 @@
 """The log of a coordinator: one JSON object per line for machines, one plain line on a terminal.
 
-    {"ts": "2025-01-31T14:05:07.123Z", "level": "info", "event": "committed", "run": "digits", "round": 12}
+    {"ts": "2025-01-31T14:05:07.123Z", "level": "info", "event": "committed", "run": "1f0c…", "round": 12}
 
-Code logs as usual, ``log.info("committed", extra=fields(run="digits", round=12, dur_ms=41))``. Names and
+Code logs as usual, ``log.info("committed", extra=fields(run=run_id, round=12, dur_ms=41))``. Names and
 texts of others are written so that they cannot forge a line or steer a terminal, and what looks like a
 ticket, a token or a key is masked whoever logged it.
 """
@@ -16,9 +16,12 @@ import sys
 import traceback
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from fedsim.printable import printable
+
+if TYPE_CHECKING:
+    from fedsim.server.board import OpenTask
 
 FIELDS = ("run", "round", "node", "task", "dur_ms")
 """Keys of a line beside ``ts``, ``level`` and ``event``, in this order."""
@@ -50,6 +53,11 @@ def fields(**values: object) -> dict[str, object]:
     if unknown:
         raise TypeError(f"no such field of a log line: {', '.join(sorted(unknown))}")
     return {name: v.hex() if isinstance(v, bytes) else v for name, v in values.items()}
+
+
+def task_fields(task: OpenTask) -> dict[str, object]:
+    """A task as ``extra`` of a log call."""
+    return fields(run=task.run_id, round=task.round_index + 1, node=task.node_id, task=task.task_id)
 
 
 def redacted(text: str) -> str:

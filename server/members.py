@@ -14,7 +14,8 @@ import numpy as np
 from sqlalchemy import Connection, insert, select
 
 from fedsim.server.database import Database
-from fedsim.server.tables import run_members
+from fedsim.server.node_rows import REVOKED
+from fedsim.server.tables import nodes, run_members
 from fedsim.types import Bools, Ids
 
 
@@ -53,10 +54,11 @@ class Members:
                     run_members.c.run_id == run_id
                 )
             ).all()
+            revoked = connection.execute(select(nodes.c.node_id).where(nodes.c.state == REVOKED)).scalars()
+            self._gone = set(revoked)
         self._node_of: dict[int, str] = {client: node for client, node, _ in rows}
         self._client_of: dict[str, int] = {node: client for client, node, _ in rows}
         self._excluded: set[int] = {client for client, _, why in rows if why}
-        self._gone: set[str] = set()
 
     def node_of(self, client: int) -> str | None:
         return self._node_of.get(client)
@@ -87,6 +89,12 @@ class Members:
     def _is_there(self, client: int) -> bool:
         node = self._node_of.get(client)
         return node in self._online and client not in self._excluded and node not in self._gone
+
+    @property
+    def possible(self) -> int:
+        """Clients that could be asked if everybody were there: neither excluded nor revoked."""
+        members = list(self._node_of.items())
+        return self.population - sum(c in self._excluded or node in self._gone for c, node in members)
 
     def count(self) -> int:
         """Clients that can be asked now."""

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, Row, func, select, update
+from sqlalchemy import ColumnElement, Connection, Row, bindparam, func, select, update
 
 from fedsim.errors import ConfigError
 from fedsim.identity import fingerprint_of
@@ -97,6 +97,15 @@ def change(connection: Connection, node: Node, **values: object) -> Node:
     n = tables.nodes
     connection.execute(update(n).where(n.c.node_id == node.node_id).values(values))
     return one_node(connection, node.node_id)
+
+
+def note_seen(connection: Connection, devices: Mapping[str, str], now: float) -> None:
+    """These nodes were there at `now`; a device that is empty leaves what is known."""
+    n = tables.nodes
+    device = func.coalesce(func.nullif(bindparam("said"), ""), n.c.device)
+    one = update(n).where(n.c.node_id == bindparam("of")).values(device=device, last_seen=bindparam("now"))
+    rows = [{"of": node_id, "said": said, "now": now} for node_id, said in devices.items()]
+    connection.execute(one, rows)
 
 
 def _node(row: Row[Any]) -> Node:

@@ -7,11 +7,13 @@ and a revoked key stays revoked. Every act is written to the audit log.
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import Future
 
-from sqlalchemy import Connection, delete, insert, select, update
+from sqlalchemy import Connection, delete, insert, select
 
 from fedsim.errors import ConfigError
 from fedsim.identity import node_id_of
@@ -31,6 +33,7 @@ from fedsim.server.node_rows import (
     Node,
     change,
     labels_text,
+    note_seen,
     one_node,
     refuse_taken,
     select_node,
@@ -39,6 +42,8 @@ from fedsim.server.node_rows import (
 )
 
 Candidates = list[Candidate]
+
+log = logging.getLogger(__name__)
 
 TOKEN_SECONDS = 86_400.0
 MOST_TOKEN_SECONDS = 30 * 86_400.0
@@ -203,13 +208,15 @@ class Nodes:
         with self._database.read() as connection:
             return connection.scalar(query) is not None
 
-    def seen(self, node_id: str, device: str) -> None:
-        """Note what a node says it computes on; waits for nothing."""
-        n = tables.nodes
-        values = {"device": device[:32], "last_seen": self._wall()}
-        self._database.writer.submit(
-            lambda connection: connection.execute(update(n).where(n.c.node_id == node_id).values(values))
-        )
+    def seen(self, devices: Mapping[str, str]) -> None:
+        """Note which nodes were there just now, and what each computes on; waits for nothing.
+
+        Args:
+            devices: node identifier -> device; one that is empty leaves what is known.
+        """
+        now = self._wall()
+        future = self._database.writer.submit(lambda connection: note_seen(connection, devices, now))
+        future.add_done_callback(_report)
 
     def matching(self, expression: str) -> Sequence[str]:
         """Identifiers of the approved clients that a label expression selects, in the order of names.
@@ -278,6 +285,12 @@ class Nodes:
         with self._door:
             self._clients = None
             self._changes += 1
+
+
+def _report(future: Future[None]) -> None:
+    error = future.exception()
+    if error is not None:
+        log.warning("when nodes were seen last is not on the disk: %s", error)
 
 
 def _revoked(node: Node) -> ConfigError:

@@ -26,6 +26,7 @@ from fedsim.server.answers import Answer, block_of
 from fedsim.server.board import ANSWERED, CLOSED, OPEN, Board, OpenTask
 from fedsim.server.failpoints import reached
 from fedsim.server.inbox import Inbox
+from fedsim.server.logs import fields
 from fedsim.server.planning import Planner
 from fedsim.server.run_ledger import RunLedger
 from fedsim.types import Ids, Task, UpdateBlock
@@ -267,7 +268,8 @@ class RemoteEngine:
                     segments=self.planner.segments,
                 )
             except (BundleError, OSError) as error:
-                log.error("client=%d an accepted update cannot be read: %s", client, error)
+                about = fields(run=self.ledger.run_id, task=answer.task_id)
+                log.error("client=%d an accepted update cannot be read: %s", client, error, extra=about)
                 yield Failed(np.array([client]), "its update was lost on the disk", np.array([version]))
             reached("one_folded")
 

@@ -23,13 +23,16 @@ from fedsim.errors import FedsimError, RunFailed
 from fedsim.federated_run import Record
 from fedsim.journal import Playback
 from fedsim.pb import federation_pb2 as pb
+from fedsim.printable import printable
 from fedsim.progress import Progress, progress_of, target_of
 from fedsim.runs.folder import RunFolder
+from fedsim.runs.log import line_of
 from fedsim.server import run_folder, run_state
 from fedsim.server.answers import answer_of
 from fedsim.server.board import Board
 from fedsim.server.failpoints import reached
 from fedsim.server.ledger_errors import StorageFull
+from fedsim.server.logs import fields
 from fedsim.server.members import Members
 from fedsim.server.planning import Planner
 from fedsim.server.remote import Past, RemoteEngine
@@ -45,6 +48,8 @@ log = logging.getLogger(__name__)
 FINISHED = frozenset({"ok", "target", "early_stop", "stopped", "failed"})
 KEEP = 2  # states that a run can be taken up from
 MAX_RECOVERIES = 5
+NO_SPACE = "storage: no space left"
+"""How the detail of a run begins that paused because a disk was full."""
 
 
 class Stop(Exception):
@@ -91,6 +96,7 @@ class RunThread(threading.Thread):
         self.progress: Progress = progress_of(run.config, run.evaluator.names)
         self.ending: Stop | None = None  # after the open round
         self.last_record: Record | None = None
+        self.out_of_space = False  # how it ended
         self._halt: Stop | None = None  # at once
         self._archived = 0
         self._waited = 0.0  # seconds for clients, since the last window
@@ -116,14 +122,15 @@ class RunThread(threading.Thread):
     # ------------------------------------------------------------ the thread
 
     def run(self) -> None:
-        fedsim_log = logging.getLogger("fedsim.run")
+        fedsim_log = logging.getLogger("fedsim")
         try:
             handler = self.folder.log_handler()
         except FedsimError as error:
-            self._say("paused", f"storage: {error.what}")
-            self.on_end(self)
+            self._end("paused", f"storage: {error.what}")
             return
+        handler.addFilter(self._concerns)
         fedsim_log.addHandler(handler)
+        state, detail = "paused", ""
         try:
             state, detail = self._to_its_end()
         except Stop as stop:
@@ -136,9 +143,11 @@ class RunThread(threading.Thread):
             storage = error.code.startswith(("FS-ENV", "FS-LED"))
             state, detail = "paused", f"{'storage' if storage else error.code}: {error.what}"
         except Exception as error:
-            log.exception("run=%s the round failed by a mistake in a plugin or in fedsim", self.ledger.run_id)
+            log.exception("the round failed by a mistake in a plugin or in fedsim", extra=self._about())
             state, detail = "paused", f"error: {type(error).__name__}: {error}"
         finally:
+            why = f": {printable(detail)}" if detail else ""
+            log.info("the run is %s%s", state, why, extra=self._about())
             fedsim_log.removeHandler(handler)
             handler.close()
         self._close(state, detail)
@@ -190,11 +199,10 @@ class RunThread(threading.Thread):
         playback = self.engine.playback
         if playback.decisions or playback.events or (not self.run_parts.synchronous and self.engine.tasks):
             return
-        wanted = self.run_parts.config.deployment.min_clients or self.run_parts.cohort
         seconds = self.run_parts.config.deployment.wait
         until = time.monotonic() + seconds
         there, shown = self.members.enlist(), -1
-        while there < wanted:
+        while there < (wanted := self._wanted):
             if self._halt is not None:
                 raise self._halt
             if self.ending is not None:
@@ -208,7 +216,7 @@ class RunThread(threading.Thread):
                     code="FS-RUN-020",
                     where=f"round {self.run_parts.federation.state.round_index + 1}",
                     why=f"not_enough_clients: {there} of {wanted} were there after {seconds:g} s",
-                    hint="start more clients and resume the run, or lower [deployment] min_clients",
+                    hint="start more clients and fedsim continue RUN, or lower [deployment] min_clients",
                 )
             began = time.perf_counter()
             self.members.wait(min(1.0, max(0.01, until - time.monotonic())))
@@ -216,6 +224,12 @@ class RunThread(threading.Thread):
             there = self.members.enlist()
         if shown >= 0:
             self._say("running", "")
+
+    @property
+    def _wanted(self) -> int:
+        """Clients without which no round opens; who is shut out does not hold the others up by itself."""
+        asked = self.run_parts.config.deployment.min_clients
+        return asked or max(1, min(self.run_parts.cohort, self.members.possible))
 
     # ------------------------------------------------------------ taking up
 
@@ -273,7 +287,7 @@ class RunThread(threading.Thread):
         if window is not None and window.outcome == "failed":
             run.after_failure(RunFailed("the last round failed", code="FS-RUN-021"))
         if entries:
-            log.info("run=%s taken up, %d entries of the journal again", self.ledger.run_id, len(entries))
+            log.info("taken up, %d entries of the journal again", len(entries), extra=self._about())
 
     def _sound(self, committed: list[Window]) -> Window | None:
         """The newest window whose state is intact; the one before where the disk damaged it."""
@@ -285,7 +299,7 @@ class RunThread(threading.Thread):
                 if position:
                     self.ledger.database.writer.run(partial(self.ledger.go_back, last=window))
                 return window
-            log.error("run=%s the state %s is damaged or missing", self.ledger.run_id, window.state_name)
+            log.error("the state %s is damaged or missing", window.state_name, extra=self._about())
         if committed:
             raise Stop("paused", "damaged: no state of the run is intact; restore the state folder")
         return None
@@ -326,6 +340,9 @@ class RunThread(threading.Thread):
         self.engine.done()
         self.last_record = record
         phases = record["time"]["phases"] | {"wait": self._waited, "commit": time.perf_counter() - began}
+        seconds = record["time"]["seconds"] + self._waited + phases["commit"]
+        about = fields(run=self.ledger.run_id, round=record["round"], dur_ms=round(1e3 * seconds, 3))
+        log.info("committed: %s", line_of(record), extra=about)
         self.on_window(record, phases)
         self._waited = 0.0
         self.on_change()
@@ -410,9 +427,13 @@ class RunThread(threading.Thread):
         except FedsimError as error:
             state, detail = "paused", f"storage: {error.what}"
         except Exception:
-            log.exception("run=%s its folder could not be completed", self.ledger.run_id)
+            log.exception("the run folder could not be completed", extra=self._about())
         if hasattr(self, "engine"):
             self.engine.close()
+        self._end(state, detail)
+
+    def _end(self, state: str, detail: str) -> None:
+        self.out_of_space = state == "paused" and detail.startswith(NO_SPACE)
         self._say(state, detail)
         self.on_end(self)
 
@@ -444,5 +465,14 @@ class RunThread(threading.Thread):
         try:
             self.ledger.database.writer.run(lambda c: self.ledger.set_state(c, state, detail))
         except FedsimError as error:
-            log.error("run=%s state=%s %s: %s", self.ledger.run_id, state, detail, error.what)
+            log.error("the run is %s (%s): %s", state, printable(detail), error.what, extra=self._about())
         self.on_change()
+
+    def _about(self) -> dict[str, object]:
+        """This run and its last round, for the fields of a line in the log."""
+        last = self.last_record
+        return fields(run=self.ledger.run_id, round=None if last is None else last["round"])
+
+    def _concerns(self, record: logging.LogRecord) -> bool:
+        """Whether a line belongs into this run's ``log.txt``."""
+        return record.thread == self.ident or getattr(record, "run", None) == self.ledger.run_id

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import secrets
 import threading
@@ -14,7 +13,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import insert, select, update
+from sqlalchemy import insert, select
 
 from fedsim.config import from_dict, resolve, to_toml
 from fedsim.errors import ConfigError, FedsimError
@@ -24,30 +23,27 @@ from fedsim.runs.folder import RunFolder
 from fedsim.server.board import OPEN, Board, OpenTask, RunFacts, UpdateLimits
 from fedsim.server.database import Database
 from fedsim.server.desk import Decision, Desk, Place
+from fedsim.server.logs import fields
 from fedsim.server.members import Candidate, Members
 from fedsim.server.objects import Objects
 from fedsim.server.planning import Planner
 from fedsim.server.run_ledger import RunLedger
-from fedsim.server.run_thread import FINISHED, MAX_RECOVERIES, RunThread
+from fedsim.server.run_table import RunTable, described
+from fedsim.server.run_thread import FINISHED, MAX_RECOVERIES, NO_SPACE, RunThread
 from fedsim.server.segments import Segments
 from fedsim.server.server_run import ServerRun, server_config
-from fedsim.server.tables import events, runs, submissions, tasks, uploads
+from fedsim.server.tables import runs, submissions, tasks
 from fedsim.wire import client_config
 
 log = logging.getLogger(__name__)
 
 PAUSED_RETRY_SECONDS = 5.0
 SWEEP_SECONDS = 1.0
+SPACE_SECONDS = 3.0, 60.0
+"""Between two tries to go on with a run that found the disk full: at first, and at most."""
 
 OnWindow = Callable[[ServerRun, str, dict[str, Any], Mapping[str, float]], None]
 """(run, its name, record, seconds of each phase): a window was committed."""
-
-
-class NoSuchRun(FedsimError):
-    """No run, or more than one, goes by this name."""
-
-    exit_code = 2
-    default_code = "FS-SRV-051"
 
 
 class Runs:
@@ -75,6 +71,7 @@ class Runs:
         lease_seconds: float,
     ) -> None:
         self.database, self.objects, self.segments = database, objects, segments
+        self._table = RunTable(database)
         self.runs_folder = state / "runs"
         self.board = Board(key)
         self.on_events: Callable[[], None] = lambda: None
@@ -87,6 +84,7 @@ class Runs:
         self._online: frozenset[str] = frozenset()
         self._seen: dict[str, float] = {}  # node -> when it was last known to be there, monotonic
         self._began = time.monotonic()
+        self._full: dict[str, tuple[float, float]] = {}  # run -> when it is tried again, and the wait before
         self._closing = threading.Event()
         self._sweeper = threading.Thread(target=self._sweep, name="tasks-sweeper", daemon=True)
 
@@ -163,7 +161,7 @@ class Runs:
             return None
         if verdict is not None:
             return Decision(pb.DUPLICATE, reason, "the task was answered before", first=verdict)
-        if state == "open" and run_id not in self._desks and self._state_of(run_id) not in FINISHED:
+        if state == "open" and run_id not in self._desks and self._table.state_of(run_id) not in FINISHED:
             return self._closed_run()
         return Decision(pb.LATE, "late", "the round closed without this answer")
 
@@ -195,7 +193,7 @@ class Runs:
         """
         content = hashlib.sha256("\0".join((config_toml, name, nodes)).encode()).digest()
         with self._door:
-            known = self._by_key(run_key) if run_key else None
+            known = self._table.by_key(run_key) if run_key else None
             if known is not None:
                 if known.content_digest != content:
                     raise ConfigError(
@@ -227,9 +225,7 @@ class Runs:
 
     def list(self) -> Sequence[pb.Run]:
         """All runs, oldest first."""
-        with self.database.read() as connection:
-            rows = connection.execute(select(runs).order_by(runs.c.created)).all()
-        return [self._described(row) for row in rows]
+        return [described(row, self._threads.get(row.run_id)) for row in self._table.all()]
 
     def get(self, run: str) -> pb.Run:
         """One run by its identifier, the beginning of it, or its name.
@@ -237,11 +233,13 @@ class Runs:
         Raises:
             NoSuchRun: none, or several.
         """
-        return self._described(self._row(run))
+        row = self._table.find(run)
+        return described(row, self._threads.get(row.run_id))
 
     def pause(self, run: str) -> pb.Run:
         """Stop a run at once, to be resumed."""
-        row = self._row(run)
+        row = self._table.find(run)
+        self._full.pop(row.run_id, None)
         thread = self._threads.get(row.run_id)
         if thread is not None:
             thread.halt("paused", "by an operator")
@@ -250,7 +248,7 @@ class Runs:
 
     def resume(self, run: str) -> pb.Run:
         """Go on with a run that is paused, stopped or failed."""
-        row = self._row(run)
+        row = self._table.find(run)
         with self._door:
             if row.run_id not in self._threads:
                 self._set_state(row.run_id, "running", "taken up")
@@ -259,7 +257,7 @@ class Runs:
 
     def stop(self, run: str, now: bool) -> pb.Run:
         """End a run, after its open round or at once."""
-        row = self._row(run)
+        row = self._table.find(run)
         thread = self._threads.get(row.run_id)
         if thread is None:
             if row.state not in FINISHED:
@@ -274,43 +272,31 @@ class Runs:
 
     def events(self, run_id: str, after: int) -> Sequence[pb.Event]:
         """What happened in a run after a revision, oldest first; 1,000 at most."""
-        with self.database.read() as connection:
-            rows = connection.execute(
-                select(events)
-                .where(events.c.revision > after, events.c.run_id == run_id)
-                .order_by(events.c.revision)
-                .limit(1000)
-            ).all()
-        return [
-            pb.Event(revision=r.revision, run_id=r.run_id, type=r.type, data=r.data, time=r.time)
-            for r in rows
-        ]
+        return self._table.events(run_id, after)
 
     def folder(self, run: str) -> Path:
         """The run folder of a run."""
-        return self.runs_folder / str(self._row(run).folder)
+        return self.runs_folder / str(self._table.find(run).folder)
 
     # ------------------------------------------------------------ start and end
 
     def recover(self) -> None:
         """Take up every run that was running when the coordinator ended; start watching over tasks."""
         self._sweeper.start()
-        with self.database.read() as connection:
-            rows = connection.execute(select(runs).order_by(runs.c.created)).all()
-        named = self._named_objects()
-        self.objects.sweep(named)
-        for row in rows:
-            if row.state not in ("running", "stopping"):
+        self.objects.sweep(self._table.named_objects())
+        for row in self._table.all():
+            waits_for_space = row.state == "paused" and row.detail.startswith(NO_SPACE)
+            if row.state not in ("running", "stopping") and not waits_for_space:
                 continue
             if row.recoveries >= MAX_RECOVERIES:
                 detail = f"crash_loop: taken up {row.recoveries} times without completing a round"
                 self._set_state(row.run_id, "paused", detail)
                 continue
-            self._count_recovery(row.run_id)
+            self._table.count_recovery(row.run_id)
             try:
                 self._take_up(row)
             except FedsimError as error:
-                log.error("run=%s cannot be taken up: %s", row.run_id, error)
+                log.error("the run cannot be taken up: %s", error, extra=fields(run=row.run_id))
                 self._set_state(row.run_id, "paused", f"{error.code}: {error.what}")
 
     def close(self) -> None:
@@ -325,15 +311,6 @@ class Runs:
             thread.join()
         if self._sweeper.is_alive():
             self._sweeper.join()
-
-    def _named_objects(self) -> set[bytes]:
-        with self.database.read() as connection:
-            found = connection.execute(select(tasks.c.message_digest, tasks.c.lent_digest)).all()
-            named = {digest for row in found for digest in row if digest}
-            named |= set(connection.execute(select(submissions.c.digest)).scalars())
-            finished = select(uploads.c.digest).where(uploads.c.complete)
-            named |= set(connection.execute(finished).scalars())
-        return named
 
     def _take_up(self, row: Any) -> None:
         folder = RunFolder(self.runs_folder / row.folder)
@@ -402,6 +379,33 @@ class Runs:
         with self._door:
             self._desks.pop(thread.ledger.run_id, None)
             self._threads.pop(thread.ledger.run_id, None)
+            if thread.out_of_space:
+                self._wait_for_space(thread.ledger.run_id, again=thread.last_record is None)
+            else:
+                self._full.pop(thread.ledger.run_id, None)
+
+    def _wait_for_space(self, run_id: str, *, again: bool) -> None:
+        first, most = SPACE_SECONDS
+        wait = min(2 * self._full.get(run_id, (0.0, first / 2))[1], most) if again else first
+        self._full[run_id] = time.monotonic() + wait, wait
+
+    def _try_for_space(self) -> None:
+        """Go on with runs that paused because the disk was full; where it still is, they pause again."""
+        now = time.monotonic()
+        for run_id in [run for run, (due, _) in list(self._full.items()) if due <= now]:
+            with self._door:
+                if self._closing.is_set():
+                    return
+                try:
+                    row = self._table.find(run_id)
+                    # The ledger itself may have been full: then it still says that the run goes on.
+                    if row.state not in ("paused", "running") or run_id in self._threads:
+                        self._full.pop(run_id, None)
+                        continue
+                    self._wait_for_space(run_id, again=True)
+                    self.resume(run_id)
+                except FedsimError as error:
+                    log.warning("the run cannot go on yet: %s", error.what, extra=fields(run=run_id))
 
     # ------------------------------------------------------------ parts
 
@@ -418,62 +422,16 @@ class Runs:
                     if now - since > self._lease_seconds:
                         task.offered_at = now
                         self.expired(task.task_id)
+            if self._full:
+                self._try_for_space()
+
+    def _set_state(self, run_id: str, state: str, detail: str) -> None:
+        self._table.set_state(run_id, state, detail)
+        self.on_events()
 
     def _closed_run(self) -> Decision:
         text = "the run is not taking answers now; send it again"
         return Decision(pb.RETRY, "paused", text, delay=PAUSED_RETRY_SECONDS)
-
-    def _count_recovery(self, run_id: str) -> None:
-        again = update(runs).where(runs.c.run_id == run_id).values(recoveries=runs.c.recoveries + 1)
-        self.database.writer.run(lambda connection: connection.execute(again).rowcount)
-
-    def _state_of(self, run_id: str) -> str:
-        with self.database.read() as connection:
-            return str(connection.execute(select(runs.c.state).where(runs.c.run_id == run_id)).scalar())
-
-    def _set_state(self, run_id: str, state: str, detail: str) -> None:
-        ledger = RunLedger(self.database, run_id)
-        self.database.writer.run(lambda connection: ledger.set_state(connection, state, detail))
-        self.on_events()
-
-    def _by_key(self, run_key: str) -> Any:
-        with self.database.read() as connection:
-            return connection.execute(select(runs).where(runs.c.run_key == run_key)).first()
-
-    def _row(self, run: str) -> Any:
-        with self.database.read() as connection:
-            rows = connection.execute(select(runs).order_by(runs.c.created)).all()
-        exact = [r for r in rows if run in (r.run_id, r.name, r.folder)]
-        found = exact[-1:] or [r for r in rows if run and r.run_id.startswith(run)]
-        if len(found) != 1:
-            known = ", ".join(f"{r.run_id} ({r.name})" for r in rows[-5:]) or "none"
-            raise NoSuchRun(
-                f"no run is called {run!r}" if not found else f"{run!r} fits more than one run",
-                code="FS-SRV-051",
-                why=f"the last runs: {known}",
-                hint="fedsim ls --connect … lists all",
-            )
-        return found[0]
-
-    def _described(self, row: Any) -> pb.Run:
-        thread = self._threads.get(row.run_id)
-        config = tomllib.loads(row.config)
-        record = "" if thread is None or thread.last_record is None else json.dumps(thread.last_record)
-        return pb.Run(
-            run_id=row.run_id,
-            name=row.name,
-            state=row.state,
-            detail=row.detail,
-            rounds_done=max(0, row.rounds_done),
-            rounds=config["run"]["rounds"],
-            clients=0 if thread is None else thread.run_parts.population,
-            online=0 if thread is None else thread.members.count(),
-            record=record,
-            folder=row.folder,
-            bytes_down=row.bytes_down,
-            bytes_up=row.bytes_up,
-            client_seconds=row.client_seconds,
-        )
 
 
 def _config_of(text: str) -> Any:

@@ -24,7 +24,6 @@ from fedsim.server.settings_tables import (
     DatabaseSection,
     LeasesSection,
     LimitsSection,
-    RetentionSection,
     ServerSection,
 )
 from fedsim.storage import unreadable
@@ -34,7 +33,6 @@ __all__ = [
     "DatabaseSection",
     "LeasesSection",
     "LimitsSection",
-    "RetentionSection",
     "ServerSection",
     "ServerSettings",
     "check_settings",
@@ -53,7 +51,6 @@ class ServerSettings(Section):
     limits: LimitsSection = Field(default_factory=LimitsSection)
     leases: LeasesSection = Field(default_factory=LeasesSection)
     database: DatabaseSection = Field(default_factory=DatabaseSection)
-    retention: RetentionSection = Field(default_factory=RetentionSection)
 
     @property
     def listen(self) -> Address:
@@ -71,7 +68,6 @@ SECTIONS: Mapping[str, type[Section]] = {
     "limits": LimitsSection,
     "leases": LeasesSection,
     "database": DatabaseSection,
-    "retention": RetentionSection,
 }
 PATHS = ("state", "http_token", "cert", "cert_key", "client_ca")
 

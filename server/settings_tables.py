@@ -46,7 +46,9 @@ class ServerSection(Section):
     insecure_beyond_loopback: bool = False
     """Plain text elsewhere too: whoever reads the network reads models and tickets."""
     allow_anonymous: bool = False
-    """Unknown keys may ask for approval without a token; on loopback alone."""
+    """Unknown keys are let in as clients without a token; on loopback alone."""
+    manual_approval: bool = False
+    """Whoever enrols, with a token or without, waits until an admin approves the key."""
     log_format: Literal["auto", "json", "text"] = "auto"
     """One JSON object per line, or text; auto writes text on a terminal."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
@@ -92,12 +94,3 @@ class DatabaseSection(Section):
 
     url: Annotated[str | None, Field(repr=False)] = None
     """SQLAlchemy URL; none is SQLite in the state folder."""
-
-
-class RetentionSection(Section):
-    """What is kept after its use."""
-
-    keep_updates: Literal["none", "last", "all"] = "last"
-    """Updates of clients on disk: none, those of the last round, all."""
-    journal: Literal["last", "all"] = "all"
-    """Events of a run in the database: since the last checkpoint, or all, by which a run can be replayed."""

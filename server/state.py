@@ -64,6 +64,7 @@ class State:
             lease_seconds=settings.leases.seconds,
             heartbeat_seconds=settings.leases.heartbeat_seconds,
             allow_anonymous=settings.server.allow_anonymous,
+            manual_approval=settings.server.manual_approval,
             bind_certificates=settings.server.client_ca is not None,
         )
         admin = first_admin(folder, self.nodes)

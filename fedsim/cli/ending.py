@@ -102,10 +102,13 @@ def next_command(folder: RunFolder, outcome: str) -> str:
     name = folder.path.name
     if folder.path.parent.resolve() != usual:
         name = shlex.quote(str(folder.path))
+    facts = folder.manifest["facts"]
+    # Of a coordinator's run the state is there, not in the folder.
+    again = f"fedsim continue {facts['run_id']}" if "run_id" in facts else f"fedsim resume {name}"
     if outcome in ("interrupted", "stopped"):
-        return f"fedsim resume {name}"
+        return again
     if outcome == "failed":
-        return f"fedsim show {name}, then fedsim resume {name} to try again"
+        return f"fedsim show {name}, then {again} to try again"
     return f"fedsim show {name}, or open its report in a browser"
 
 

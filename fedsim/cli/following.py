@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -24,7 +25,7 @@ FETCHED = (
 )  # fmt: skip
 """Files of a run that are brought here when it has ended; the manifest comes last and makes it a run."""
 _FURTHER = re.compile(r"(checkpoints|plots)/[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
-_FURTHER = re.compile(r"(checkpoints|plots)/[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
+_LONGEST_LINE = 16 * 1024
 
 
 def follow(
@@ -70,6 +71,38 @@ def follow(
             hint=f"fedsim watch {run.run_id} --connect {target} goes on; fedsim stop {run.run_id} ends it",
         ) from None
     return operator.get(run.run_id)
+
+
+def print_logs(settings: Settings, operator: Operator, run: str, *, target: str, more: bool) -> None:
+    """Print the lines of a run's log as they come; with json all of them in one document.
+
+    Args:
+        target: how the coordinator was named, for the texts.
+        more: also the lines to come, until the run is over.
+
+    Raises:
+        Interrupted: Ctrl-C; only the watching ends.
+    """
+    lines = []
+    try:
+        for line in operator.logs(run, follow=more):
+            if settings.format == "text":
+                output.write(sys.stdout, printable(line, longest=_LONGEST_LINE))
+            elif settings.format == "jsonl":
+                output.event("log", {"line": line})
+            else:
+                lines.append(line)
+    except KeyboardInterrupt:
+        raise Interrupted(
+            "watching has ended, the run goes on",
+            code="FS-INT-003",
+            where=f"run {run}",
+            hint=f"fedsim logs {run} --follow --connect {target} shows its log again",
+        ) from None
+    if settings.format == "json":
+        output.document(settings, "ok", {"run": run, "lines": lines})
+    elif settings.format == "jsonl":
+        output.document(settings, "ok", {"run": run})
 
 
 def finish(settings: Settings, operator: Operator, run: RemoteRun, *, require: bool = False) -> None:

@@ -127,7 +127,7 @@ def ls(
 
         with call(target_of(connect), ca=ca, key=key, insecure=insecure) as operator:
             rows = [node.as_data() for node in operator.nodes()]
-    header = ["name", "node", "role", "state", "online", "last seen", "labels"]
+    header = ["name", "node", "role", "state", "online", "device", "last seen", "labels"]
     lines = output.columns(header, [_cells(row) for row in rows]) if rows else ["nobody is known yet"]
     waiting = [row["node_id"] for row in rows if row["state"] == "pending"]
     if waiting:
@@ -264,6 +264,7 @@ def _cells(row: Row) -> Sequence[str]:
         row["role"],
         row["state"],
         "yes" if row["online"] else "no",
+        printable(row["device"], longest=32) or "-",
         ago,
         printable(_labels(row["labels"]), longest=200),
     ]

@@ -1,4 +1,4 @@
-"""What operators do with a coordinator: connect, run there, watch, stop, ask whether it serves."""
+"""What operators do with a coordinator: connect, run there, watch, pause and end runs, shut it down."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fedsim.cli import output
-from fedsim.cli.following import finish, follow
+from fedsim.cli.following import finish, follow, print_logs
 from fedsim.cli.settings import Settings, settings_of
 from fedsim.errors import ConfigError
 from fedsim.printable import printable
 
 if TYPE_CHECKING:
     from fedsim.client.operator import Operator
+    from fedsim.client.operator_views import RemoteRun
     from fedsim.config import Loaded
 
 Connect = Annotated[
@@ -29,6 +30,7 @@ Connect = Annotated[
 ]
 Ca = Annotated[Path | None, typer.Option(metavar="FILE", help="Certificates to trust.")]
 OwnKey = Annotated[Path | None, typer.Option("--key", metavar="FILE", help="Your private key.")]
+RemoteName = Annotated[str, typer.Argument(metavar="RUN", help="Identifier or name of a run there.")]
 Insecure = Annotated[bool, typer.Option("--insecure", help="Plain text; on loopback alone.")]
 
 
@@ -84,7 +86,7 @@ def watch(
 
 def stop(
     context: typer.Context,
-    run: Annotated[str, typer.Argument(metavar="RUN", help="Run on the coordinator.")],
+    run: RemoteName,
     connect: Connect = None,
     ca: Ca = None,
     key: OwnKey = None,
@@ -96,8 +98,81 @@ def stop(
 
     with call(target_of(connect), ca=ca, key=key, insecure=insecure) as operator:
         found = operator.stop(run, now=now)
-    lines = [f"{printable(found.name)} ({found.run_id}): {found.state}, {found.rounds_done} rounds done"]
-    output.result(settings_of(context), found.as_data(), lines)
+    output.result(settings_of(context), found.as_data(), [_told(found)])
+
+
+def pause(
+    context: typer.Context,
+    run: RemoteName,
+    connect: Connect = None,
+    ca: Ca = None,
+    key: OwnKey = None,
+    insecure: Insecure = False,
+) -> None:
+    """Halt a run on a coordinator at once, for fedsim continue to go on with in the middle of its round."""
+    from fedsim.client.operator import connect as call
+
+    target = target_of(connect)
+    with call(target, ca=ca, key=key, insecure=insecure) as operator:
+        found = operator.pause(run)
+    paused = found.state == "paused"  # a run that is over stays what it is
+    hint = [f"Next: fedsim continue {found.run_id} --connect {target}"] if paused else []
+    output.result(settings_of(context), found.as_data(), [_told(found), *hint])
+
+
+def go_on(
+    context: typer.Context,
+    run: RemoteName,
+    connect: Connect = None,
+    ca: Ca = None,
+    key: OwnKey = None,
+    insecure: Insecure = False,
+) -> None:
+    """Go on with a run on a coordinator that is paused, was stopped or has failed."""
+    from fedsim.client.operator import connect as call
+
+    target = target_of(connect)
+    with call(target, ca=ca, key=key, insecure=insecure) as operator:
+        found = operator.resume(run)
+    hint = [] if found.over else [f"Next: fedsim watch {found.run_id} --connect {target}"]
+    output.result(settings_of(context), found.as_data(), [_told(found), *hint])
+
+
+def logs(
+    context: typer.Context,
+    run: RemoteName,
+    connect: Connect = None,
+    ca: Ca = None,
+    key: OwnKey = None,
+    insecure: Insecure = False,
+    follow: Annotated[
+        bool, typer.Option("--follow", "-f", help="Also the lines to come, until the run is over.")
+    ] = False,
+) -> None:
+    """Print the log of a run on a coordinator."""
+    from fedsim.client.operator import connect as call
+
+    target = target_of(connect)
+    with call(target, ca=ca, key=key, insecure=insecure) as operator:
+        print_logs(settings_of(context), operator, run, target=target, more=follow)
+
+
+def drain(
+    context: typer.Context,
+    connect: Connect = None,
+    ca: Ca = None,
+    key: OwnKey = None,
+    insecure: Insecure = False,
+) -> None:
+    """Shut a coordinator down in good order; started again it goes on with its runs. For an admin."""
+    from fedsim.client.operator import connect as call
+
+    target = target_of(connect)
+    with call(target, ca=ca, key=key, insecure=insecure) as operator:
+        operator.drain()
+        where = str(operator.connection)
+    data = {"connection": target, "draining": True}
+    output.result(settings_of(context), data, [f"{where} drains: transfers end, then the process"])
 
 
 def health(
@@ -186,6 +261,11 @@ def target_of(connect: str | None) -> str:
         why=f"{home(os.environ) / FILE} knows {', '.join(known) or 'none'}",
         hint="give --connect NAME or --connect HOST:PORT, or set FEDSIM_CONNECT",
     )
+
+
+def _told(run: RemoteRun) -> str:
+    state = printable(f"{run.state} ({run.detail})" if run.detail else run.state)
+    return f"{printable(run.name)} ({run.run_id}): {state}, {run.rounds_done} rounds done"
 
 
 def _list(settings: Settings, operator: Operator) -> None:

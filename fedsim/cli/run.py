@@ -76,7 +76,16 @@ def run(
             where="[evaluation] target",
             hint="add --set evaluation.target='accuracy >= 0.95'",
         )
-    if engine == SERVER or connect is not None:
+    remote = engine == SERVER or connect is not None
+    if remote and baseline is not None:
+        raise ConfigError(
+            "a baseline runs in simulation only",
+            code="FS-CFG-135",
+            where=f"--baseline {baseline}",
+            why="a coordinator has no data of its own to train on",
+            hint="leave --engine server and --connect out",
+        )
+    if remote and not dry_run:
         from fedsim.cli.operate import run_on_server
 
         run_on_server(

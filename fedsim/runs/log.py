@@ -4,9 +4,18 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from fedsim.storage import problem
+
+
+def line_of(record: Mapping[str, Any]) -> str:  # Any: a line of metrics.jsonl
+    """A round for the log: ``round=3 version=3 outcome=ok … seconds=0.12``."""
+    shown = {k: v for k, v in record.items() if k not in ("time", "bytes_down", "bytes_up")}
+    shown["seconds"] = round(record["time"]["seconds"], 3)
+    return " ".join(f"{k}={v:.6g}" if isinstance(v, float) else f"{k}={v}" for k, v in shown.items())
 
 
 def open_log(path: Path) -> logging.Handler:

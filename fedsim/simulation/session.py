@@ -15,6 +15,7 @@ from fedsim.errors import ConfigError, RunFailed
 from fedsim.federated_run import Record
 from fedsim.progress import Progress, progress_of, target_of
 from fedsim.runs.folder import RunFolder
+from fedsim.runs.log import line_of
 from fedsim.simulation.baselines import pooled
 from fedsim.simulation.replay import JOURNAL, Replay, read_journal
 from fedsim.simulation.run import Simulation
@@ -119,7 +120,7 @@ def _rounds(
                 folder.append_clients(sim.last_clients)
             if progress.improved(record, sim.evaluator.names):
                 folder.save_model(sim.model_tensors(), "best")
-            log.info(_line(record))
+            log.info(line_of(record))
             on_record(record)
             done = record["round"]
             if record["outcome"] == "failed":
@@ -198,13 +199,15 @@ def resume(folder: RunFolder, *, rounds: int | None = None, **objects: Any) -> t
     """
     with folder.locked():  # nothing of a run that another process writes may be cut back
         pass
-    if folder.manifest["facts"].get("engine") == REMOTE:
+    facts = folder.manifest["facts"]
+    if facts.get("engine") == REMOTE:
         raise ConfigError(
             "this run belongs to a coordinator",
             code="FS-CFG-134",
             where=str(folder.path),
             why="its state lies in the coordinator's ledger, not in the run folder",
-            hint="fedsim server takes it up again by itself; fedsim verify repeats it here from its journal",
+            hint="fedsim server takes it up again by itself; where it is paused, stopped or failed, "
+            f"fedsim continue {facts.get('run_id', 'RUN')} --connect NAME goes on with it",
         )
     sim = again(folder, sets=[] if rounds is None else [f"run.rounds={rounds}"], **objects)
     sim.keep_state_in(folder.state_folder)
@@ -257,10 +260,3 @@ def _checkpoint(sim: Simulation, folder: RunFolder, progress: Progress, done: in
     }
     save_run(sim, checkpoint_path(folder), saved)
     folder.write_latest(done)
-
-
-def _line(record: Record) -> str:
-    """Fields of a round for the log."""
-    shown = {k: v for k, v in record.items() if k not in ("time", "bytes_down", "bytes_up")}
-    shown["seconds"] = round(record["time"]["seconds"], 3)
-    return " ".join(f"{k}={v:.6g}" if isinstance(v, float) else f"{k}={v}" for k, v in shown.items())

@@ -157,6 +157,112 @@ def test_stop_says_what_became_of_the_run(fedsim: Program, desk: Desk, home: Pat
     assert "no run is called 'other'" in err
 
 
+def test_a_run_is_paused_and_continued_and_the_next_command_is_named(
+    fedsim: Program, desk: Desk, home: Path
+) -> None:
+    out, _ = fedsim.ended("pause", "digits", "--connect", "lab")
+    assert f"digits ({RUN_ID}): paused" in out
+    assert f"Next: fedsim continue {RUN_ID} --connect lab" in out
+    assert desk.runs.state == "paused"
+    out, _ = fedsim.ended("continue", RUN_ID)
+    assert f"digits ({RUN_ID}): running" in out
+    assert f"Next: fedsim watch {RUN_ID} --connect lab" in out
+    assert desk.runs.state == "running"
+    for command, state in (("pause", "paused"), ("continue", "running")):
+        assert fedsim(command, "digits", "--format", "json").document["data"]["state"] == state
+        assert "NOT_FOUND" in fedsim.ended(command, "other", code=2)[1]
+
+
+def test_a_run_that_is_over_is_not_said_to_be_paused(
+    fedsim: Program, desk: Desk, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    desk.runs.end("ok")
+    for name in ("pause", "resume"):
+        monkeypatch.setattr(desk.runs, name, desk.runs.get)
+    for command in ("pause", "continue"):
+        out, _ = fedsim.ended(command, "digits")
+        assert out == f"digits ({RUN_ID}): ok, 2 rounds done\n"
+
+
+@pytest.mark.parametrize("command", ["pause", "continue", "stop"])
+def test_a_viewer_changes_no_run(fedsim: Program, desk: Desk, home: Path, command: str) -> None:
+    desk.known("viewer").save(home / "viewer.key")
+    _, err = fedsim.ended(command, "digits", "--key", str(home / "viewer.key"), code=3)
+    assert "FS-SRV-025" in err
+    assert desk.runs.state == "running"
+
+
+def test_the_log_of_a_run_is_printed_line_by_line_without_power_over_the_terminal(
+    fedsim: Program, desk: Desk, home: Path
+) -> None:
+    (desk.runs.path / "log.txt").write_text("round=1 ok\nround=2 \x1b[2J\n", encoding="utf-8")
+    out, err = fedsim.ended("logs", "digits", "--connect", "lab")
+    assert out.splitlines() == ["round=1 ok", "round=2 \\x1b[2J"]
+    assert err == ""
+    called = fedsim("logs", RUN_ID, "--format", "json")
+    assert called.document["data"] == {"run": RUN_ID, "lines": ["round=1 ok", "round=2 \\x1b[2J"]}
+    called = fedsim("logs", RUN_ID, "--format", "jsonl")
+    lines = [json.loads(line) for line in called.out.splitlines()]
+    assert [line["data"].get("line") for line in lines[:2]] == ["round=1 ok", "round=2 \\x1b[2J"]
+    assert lines[2] == {"schema": 1, "status": "ok", "data": {"run": RUN_ID}, "final": True}
+    assert "NOT_FOUND" in fedsim.ended("logs", "other", code=2)[1]
+
+
+def test_a_log_is_followed_until_the_run_is_over(fedsim: Program, desk: Desk, home: Path) -> None:
+    log = desk.runs.path / "log.txt"
+    log.write_text("first\n")
+    asked = desk.runs.get
+
+    def get(run: str) -> Any:
+        # The service asks whether the run is over before it reads what is there.
+        found = asked(run)
+        if desk.runs.state == "running" and "second" not in log.read_text():
+            log.write_text("first\nsecond\n")
+            desk.runs.end()
+        return found
+
+    desk.runs.get = get  # type: ignore[method-assign]
+    out, _ = fedsim.ended("logs", "digits", "--follow")
+    assert out.splitlines() == ["first", "second"]
+
+
+def test_ctrl_c_ends_the_reading_of_a_log_and_not_the_run(
+    fedsim: Program, desk: Desk, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def pressed(self: Operator, run: str, *, follow: bool = False) -> Iterator[str]:
+        yield "first"
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Operator, "logs", pressed)
+    out, err = fedsim.ended("logs", "digits", "-f", code=5)
+    assert out == "first\n"
+    assert "FS-INT-003" in err
+    assert desk.runs.state == "running"
+
+
+def test_an_admin_drains_the_coordinator_and_an_operator_may_not(
+    fedsim: Program, desk: Desk, home: Path
+) -> None:
+    assert "FS-SRV-025" in fedsim.ended("drain", "--connect", "lab", code=3)[1]
+    assert desk.drained == []
+    desk.known("admin").save(home / "admin.key")
+    out, _ = fedsim.ended("drain", "--key", str(home / "admin.key"))
+    assert out == f"lab ({desk.address}) drains: transfers end, then the process\n"
+    assert desk.drained == [True]
+    called = fedsim("drain", "--key", str(home / "admin.key"), "--format", "json")
+    assert called.document["data"] == {"connection": "lab", "draining": True}
+
+
+def test_resuming_the_folder_of_a_coordinators_run_says_how_to_go_on_there(
+    fedsim: Program, tmp_path: Path
+) -> None:
+    facts = {"engine": "remote", "run_id": RUN_ID}
+    made = RunFolder.create(tmp_path / "runs", "x", config_text="", facts=facts, command=["fedsim"])
+    _, err = fedsim.ended("resume", made.path.name, code=2)
+    assert "FS-CFG-134" in err
+    assert f"fedsim continue {RUN_ID} --connect NAME" in err
+
+
 def test_a_coordinator_that_is_not_there_is_exit_3(
     fedsim: Program, desk: Desk, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -212,7 +318,7 @@ def test_names_of_others_have_no_power_over_the_terminal(fedsim: Program, desk: 
 
     desk.runs.get = get  # type: ignore[method-assign]
     desk.runs.end("stopped", evil)
-    for words in (["watch"], ["stop", "digits"]):
+    for words in (["watch"], ["stop", "digits"], ["pause", "digits"], ["continue", "digits"]):
         out, err = fedsim.ended(*words)
         assert "\x1b" not in out + err
         assert "\nforged" not in out + err

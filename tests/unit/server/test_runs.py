@@ -19,7 +19,7 @@ from fedsim.errors import ConfigError
 from fedsim.identity import Key
 from fedsim.pb import federation_pb2 as pb
 from fedsim.server.desk import Place
-from fedsim.server.runs import NoSuchRun
+from fedsim.server.run_table import NoSuchRun
 from fedsim.server.tables import journal, run_members, submissions, tasks
 from fedsim.simulation.replay import Replay, read_journal
 from tests.fleet import Coordinator, make_nodes, toml_of
@@ -336,6 +336,22 @@ def test_a_revoked_node_counts_no_more(coordinator: Coordinator) -> None:
     coordinator.runs.stop(run_id, True)
     record = lines(coordinator, run_id, "metrics.jsonl")[1]
     assert (record["received"], record["refused"]) == (3, 1)
+
+
+def test_a_run_that_brings_the_coordinator_down_again_and_again_is_left_alone(
+    coordinator: Coordinator,
+) -> None:
+    run_id = submit(coordinator, settings())
+    coordinator.serve(run_id, until=lambda: coordinator.runs.offer(coordinator.nodes[0].node_id) is not None)
+    coordinator.stop()
+    for _ in range(5):
+        coordinator.start()
+        coordinator.stop()  # without a committed round in between
+    coordinator.start()
+    found = coordinator.runs.get(run_id)
+    assert (found.state, found.detail[:25]) == ("paused", "crash_loop: taken up 5 ti")
+    coordinator.runs.resume(run_id)
+    assert coordinator.serve(run_id) == "ok"
 
 
 def test_a_full_disk_pauses_the_run_and_loses_nothing(

@@ -35,7 +35,6 @@ def test_the_defaults_are_those_of_the_specification() -> None:
     assert (limits.concurrent_rpcs, limits.uploads_per_node, limits.uploads) == (2000, 2, 64)
     assert limits.min_free_bytes == 10 * 2**30
     assert (leases.seconds, leases.heartbeat_seconds, leases.grace_seconds) == (90, 20, 60)
-    assert settings.retention.keep_updates == "last"
     assert settings.database.url is None
 
 
@@ -95,7 +94,6 @@ def test_paths_of_a_file_lie_beside_it_and_paths_of_flags_here(tmp_path: Path) -
         ("[leases]\nseconds = true\n", "FS-CFG-005", "number"),
         ("[server]\nlisten = 'nowhere'\n", "FS-CFG-005", "HOST:PORT"),
         ("[server]\nlog_level = 'loud'\n", "FS-CFG-005", "'debug'"),
-        ("[retention]\nkeep_updates = 'some'\n", "FS-CFG-005", "'none'"),
     ],
 )
 def test_a_mistake_in_the_file_is_named_with_its_place(
