@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -147,6 +148,7 @@ def config_of(content: bytes) -> Config:
     return config_from(values, {})
 
 
+@lru_cache(maxsize=64)  # all tasks of a round have the same
 def local_json(spec: LocalSpec) -> bytes:
     """The local training of a round."""
     return json.dumps(asdict(spec), sort_keys=True).encode()

@@ -39,6 +39,7 @@ from fedsim.server.telemetry import Telemetry
 from fedsim.storage import write_atomically
 from fedsim.transport import server_credentials, server_options
 
+SWITCH_SECONDS = 0.0005
 GRACE_SECONDS = 30.0
 """So long transfers and submissions may go on after the first signal."""
 AT_ONCE = 130
@@ -62,6 +63,9 @@ async def serve(settings: ServerSettings) -> int:
         FedsimError: it cannot start: a port is taken, the state cannot be used, a certificate is missing.
     """
     handler = start_logging(settings.server.log_format, settings.server.log_level)
+    # The event loop, the ledger's writer and the runs hand each other work all the time; with the usual
+    # 5 ms each would wait that long for whoever computes (benchmarks/deployment/throughput.py).
+    sys.setswitchinterval(SWITCH_SECONDS)
     try:
         # What was loaded and opened stays: the collector need not look at it again and again.
         await Coordinator(settings, on_serving=lambda address: gc.freeze()).run()

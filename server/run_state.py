@@ -68,7 +68,7 @@ def load(run: ServerRun, path: Path) -> tuple[RunState, Saved]:
     tensors = bundle.decode_file(path)
     with path.open("rb") as file:
         metadata = bundle.read_header(file, path.stat().st_size).metadata
-    state = load_tree(run.start, _below(tensors, "run."), metadata["run"])
+    state = load_tree(run.first_state, _below(tensors, "run."), metadata["run"])
     layout = {
         k: (tuple(shape), getattr(torch, dtype.removeprefix("torch.")))
         for k, (shape, dtype) in json.loads(metadata["rows"]).items()

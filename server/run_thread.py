@@ -284,6 +284,7 @@ class RunThread(threading.Thread):
         self._previous = window
         self._states = deque(w.state_name for w in reversed(committed) if w is not window)
         self._records: Iterator[Record] = iter(run)
+        run.forget_start()
         if window is not None and window.outcome == "failed":
             run.after_failure(RunFailed("the last round failed", code="FS-RUN-021"))
         if entries:

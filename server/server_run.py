@@ -87,7 +87,7 @@ class ServerRun(FederatedRun):
         state = self.strategy.init(
             flat_of(self.module, self.spec), self.spec, Population(self.population, known)
         )
-        self.start = RunState(0, 0, 0.0, 0, state, start_buffers(self.place), ())
+        self.start: RunState | None = RunState(0, 0, 0.0, 0, state, start_buffers(self.place), ())
         self.engine: RemoteEngine
         self.members: Members
 
@@ -100,13 +100,23 @@ class ServerRun(FederatedRun):
             self.scheduler,
             sample=self._sample,
             spec=self.config.client,
-            state=self.start,
+            state=self.first_state,
             rows=self.rows,
             population=self.population,
             seed=self.config.run.seed,
             personal_size=self.spec.personal_size,
         )
         super().__init__()
+
+    @property
+    def first_state(self) -> RunState:
+        """The state that the run begins with; there until `forget_start`."""
+        assert self.start is not None
+        return self.start
+
+    def forget_start(self) -> None:
+        """The run has been taken up: a model less is kept in memory."""
+        self.start = None
 
     @property
     def synchronous(self) -> bool:

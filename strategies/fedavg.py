@@ -70,10 +70,13 @@ def model(state: Any) -> Tensor:
 
 def mean_delta(reduced: dict[str, Tensor]) -> Tensor | None:
     """Δ̄ [D] float64, the weighted mean; None where nobody took part or the weights sum to 0."""
+    return reduced["delta"] / reduced["weight"] if has_weight(reduced) else None
+
+
+def has_weight(reduced: dict[str, Tensor]) -> bool:
+    """Whether anybody took part with a weight."""
     weight = reduced.get("weight")
-    if weight is None or not float(weight) > 0.0:
-        return None
-    return reduced["delta"] / weight
+    return weight is not None and float(weight) > 0.0
 
 
 def server_vector(x0: Tensor) -> Tensor:
@@ -129,17 +132,19 @@ def fedavg(
         return uniformly(state, meta)
 
     def apply(state: State, reduced: dict[str, Tensor], info: WindowInfo) -> tuple[State, dict[str, float]]:
-        if mean_delta(reduced) is None:
+        if not has_weight(reduced):
             return state, {}
-        if weighting == "all":
-            step = reduced["delta"] / info.N
-        elif weighting == "population":
-            # Σ p_i N Δ_i / |S|: with p_i = 1/N the weights were 1, with p_i = n_i / Σ n_j they were n_i
-            scale = 1.0 if importance == "uniform" else info.N / state.examples
-            step = reduced["delta"] * (scale / reduced["count"])
-        else:
-            step = reduced["delta"] / reduced["weight"]
-        return state._replace(x=moved(state.x, server_lr * step)), {}
+
+        def step(total: Tensor) -> Tensor:
+            if weighting == "all":
+                return server_lr * (total / info.N)
+            if weighting == "population":
+                # Σ p_i N Δ_i / |S|: with p_i = 1/N the weights were 1, with p_i = n_i / Σ n_j they were n_i
+                scale = 1.0 if importance == "uniform" else info.N / state.examples
+                return server_lr * (total * (scale / reduced["count"]))
+            return server_lr * (total / reduced["weight"])
+
+        return state._replace(x=moved(state.x, reduced["delta"], step)), {}
 
     return Strategy(
         init=init_checked,
