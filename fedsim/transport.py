@@ -84,7 +84,7 @@ def server_options() -> Options:
         ("grpc.keepalive_timeout_ms", _PING_TIMEOUT_SECONDS * 1000),
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.max_pings_without_data", 0),
-        ("grpc.http2.min_recv_ping_interval_without_data_ms", FASTEST_PING_SECONDS * 1000),
+        ("grpc.http2.min_ping_interval_without_data_ms", FASTEST_PING_SECONDS * 1000),
         *_limits(),
         ("grpc.max_concurrent_streams", STREAMS_PER_CONNECTION),
         # Whoever connects and then says nothing, before or after TLS, does not keep its place.

@@ -32,7 +32,7 @@ from fedsim.server.fleet import Fleet
 from fedsim.server.fleet_parts import FleetParts
 from fedsim.server.health import OPENING, Health
 from fedsim.server.nodes import Nodes
-from fedsim.server.runs import NoSuchRun
+from fedsim.server.run_table import NoSuchRun
 from fedsim.server.settings import ServerSettings
 from fedsim.server.telemetry import Telemetry
 from fedsim.transport import server_options

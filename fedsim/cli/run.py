@@ -241,6 +241,7 @@ def resume(
     from fedsim.config import load_config, to_toml
     from fedsim.runs.folder import CONFIG, REPORT, RunFolder
     from fedsim.runs.report import write_report
+    from fedsim.simulation.session import REMOTE
     from fedsim.simulation.session import resume as continue_run
     from fedsim.storage import write_atomically
 
@@ -253,7 +254,8 @@ def resume(
         if config.output.report and not (folder.path / REPORT).exists():
             write_report(folder)  # the disk had no room for it when the run ended
         data = run_data(folder)
-        lines = ["this run is complete; --rounds N extends it"]
+        ours = folder.manifest["facts"].get("engine") != REMOTE
+        lines = ["this run is complete" + ("; --rounds N extends it" if ours else "")]
         output.result(settings, data, lines + end_block(folder, data, rounds=config.run.rounds))
         return
     sim, progress = continue_run(folder, rounds=rounds)

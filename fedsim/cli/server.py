@@ -43,7 +43,7 @@ def server(
         bool, typer.Option("--insecure-beyond-loopback", help="Lift that limit.")
     ] = False,
     allow_anonymous: Annotated[
-        bool, typer.Option("--allow-anonymous", help="Keys without token may ask; on loopback alone.")
+        bool, typer.Option("--allow-anonymous", help="Let keys in without a token; on loopback alone.")
     ] = False,
     log_format: Annotated[str | None, typer.Option(help="auto, json or text.")] = None,
     log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,

@@ -8,18 +8,20 @@ from typing import Annotated
 import typer
 
 from fedsim.cli import output
-from fedsim.cli.settings import settings_of
+from fedsim.cli.settings import Command, settings_of
 
-app = typer.Typer(no_args_is_help=True)
+app = typer.Typer(rich_markup_mode=None)
 
-State = Annotated[Path, typer.Argument(help="State folder of the coordinator.")]
+State = Annotated[Path, typer.Argument(metavar="STATE", help="State folder of the coordinator.")]
 
 
-@app.command()
+@app.command("backup", cls=Command)
 def backup(
     context: typer.Context,
     state: State,
-    file: Annotated[Path, typer.Argument(help="Tar file to write; it holds keys and updates.")],
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="Tar file to write; it holds keys and updates.")
+    ],
 ) -> None:
     """Save the state of a coordinator that is not running into one file."""
     from fedsim.server.backup import back_up
@@ -32,10 +34,10 @@ def backup(
     output.result(settings_of(context), {"file": str(file), "files": count}, lines)
 
 
-@app.command()
+@app.command("restore", cls=Command)
 def restore(
     context: typer.Context,
-    file: Annotated[Path, typer.Argument(help="What fedsim state backup wrote.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="What fedsim state backup wrote.")],
     state: State,
 ) -> None:
     """Unpack a backup into a new folder; the coordinator gets the next incarnation."""
@@ -50,11 +52,11 @@ def restore(
     output.result(settings_of(context), {"state": str(state), "incarnation": incarnation}, lines)
 
 
-@app.command()
+@app.command("support", cls=Command)
 def support(
     context: typer.Context,
     state: State,
-    file: Annotated[Path, typer.Argument(help="File to write, such as support.tar.gz.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="File to write, such as support.tar.gz.")],
 ) -> None:
     """Collect what helps to find a mistake, without keys, tokens, updates or models."""
     from fedsim.server.backup import support_bundle

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import click
-import pytest
 import typer
 import yaml
 
@@ -95,10 +94,6 @@ def faults_of(words: list[str], program: click.Command) -> list[str]:
 
 def test_every_command_line_is_one_that_fedsim_has() -> None:
     program = typer.main.get_command(make_app())
-    assert isinstance(program, click.Group)
-    lacking = {"server", "client", "certs", "node"} - program.commands.keys()
-    if lacking:
-        pytest.skip(f"this fedsim has no command {sorted(lacking)}")
     found = list(calls())
     assert {"server", "client", "health", "certs", "node", "connect", "run", "watch"} <= {
         call.words[1] for call in found

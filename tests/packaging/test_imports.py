@@ -72,3 +72,10 @@ def test_help_and_version_load_nothing_heavy(arguments: list[str], tmp_path: Pat
 def test_every_public_name_can_be_had(tmp_path: Path) -> None:
     code = "import fedsim; [getattr(fedsim, name) for name in fedsim.__all__]; print(len(fedsim.__all__))"
     assert int(run(code, tmp_path).stdout) > 10
+
+
+def test_calling_a_coordinator_loads_no_torch(tmp_path: Path) -> None:
+    code = "import fedsim, json, sys; fedsim.connect; print(json.dumps(sorted(sys.modules)))"
+    loaded = set(json.loads(run(code, tmp_path).stdout))
+    assert "grpc" in loaded
+    assert {"torch", "sqlalchemy"} & loaded == set()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import stat
 import tomllib
 from pathlib import Path
@@ -67,6 +68,8 @@ def test_an_invitation_is_a_file_that_clients_and_operators_read(fedsim: Program
     )
     path = tmp_path / "b.toml"
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    # What deploy/compose/init.sh looks for with sed.
+    assert re.search(r'^server_id = "[0-9a-f]{64}"$', path.read_text(), re.MULTILINE)
     written = tomllib.loads(path.read_text())
     assert written.keys() == {"server", "server_id", "ca", "token"}
     assert written["token"] not in out
@@ -142,6 +145,9 @@ def test_the_owner_of_a_state_folder_administers_it(fedsim: Program, tmp_path: P
     assert "approved" in fedsim.ended("node", "approve", "site-a", "--state", "state")[0]
     fedsim.ended("node", "label", "site-a", "site=a", "gpu", "--state", "state")
     fedsim.ended("node", "label", "site-a", "--remove", "gpu", "--state", "state")
+    header, _, line = fedsim.ended("node", "ls", "--state", "state")[0].splitlines()[:3]
+    assert header.split("  ")[0] == "name"
+    assert line[header.index("device") :].split() == ["-", "never", "site=a"]
     (row,) = fedsim("node", "ls", "--state", "state", "--format", "json").document["data"]["nodes"]
     assert (row["name"], row["state"], row["labels"]) == ("site-a", "approved", {"site": "a"})
     assert row["fingerprint"] == key.fingerprint

@@ -54,8 +54,8 @@ def finish(desk: Desk, state: str = "ok", detail: str = "") -> None:
     made = RunFolder.create(
         desk.runs.path.parent / "made",
         "digits",
-        config_text="[run]\nseed = 1\n",
-        facts={"metrics": ["accuracy", "loss"]},
+        config_text="[run]\nseed = 1\n[output]\nreport = false\n",
+        facts={"metrics": ["accuracy", "loss"], "engine": "remote", "run_id": RUN_ID},
         command=["fedsim"],
     )
     for number in range(3):
@@ -117,6 +117,8 @@ def test_watch_shows_the_rounds_brings_the_results_and_ends_with_the_block(
         assert (folder / name).exists() == there.exists(), name
     out, _ = fedsim.ended("show", folder.name)
     assert "0.52" in out
+    out, _ = fedsim.ended("resume", folder.name)  # only its coordinator could extend it
+    assert out.startswith("this run is complete\n")
 
 
 def test_watch_in_json_is_one_document_and_in_jsonl_one_line_per_round(

@@ -116,11 +116,16 @@ def test_too_many_labels_do_not_come_in_by_instalments(nodes: Nodes) -> None:
     assert len(nodes.get("a").labels) == 60
 
 
-def test_what_a_node_computes_on_is_noted(nodes: Nodes, database: Database) -> None:
-    key = enrolled(nodes, "a")
-    nodes.seen(key.node_id, "cuda" + "x" * 100)
+def test_when_nodes_were_there_and_what_they_compute_on_is_noted(nodes: Nodes, database: Database) -> None:
+    a, b = enrolled(nodes, "a"), enrolled(nodes, "b")
+    enrolled(nodes, "c")
+    nodes.seen({a.node_id: "cuda", b.node_id: "", "0" * 16: "cpu"})
     database.writer.run(lambda connection: None)
-    assert nodes.get("a").device == "cuda" + "x" * 28
+    found = {node.name: (node.device, node.last_seen) for node in nodes.list()}
+    assert found == {"a": ("cuda", 1000.0), "b": ("", 1000.0), "c": ("", 0.0)}
+    nodes.seen({a.node_id: ""})
+    database.writer.run(lambda connection: None)
+    assert nodes.get("a").device == "cuda"
 
 
 def test_the_first_administrator_is_made_once(nodes: Nodes, tmp_path: Path) -> None:
