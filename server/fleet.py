@@ -238,7 +238,8 @@ class Fleet(FleetServicer):
             if self.leases.holder(task.task_id) == peer.node_id:  # a line each time it asks would be too many
                 said = printable(request.text, longest=_LONGEST_SAID)
                 log.warning("a task failed: %s: %s", request.code, said, extra=task_fields(task))
-            await self._completions.of(self._runs.fail(task, request.code, request.text[:_MOST_TEXT]))
+            text = printable(request.text, longest=_MOST_TEXT)
+            await self._completions.of(self._runs.fail(task, request.code, text))
             self._end(task.task_id, peer.node_id)
         return pb.FailReply()
 

@@ -241,6 +241,16 @@ class RunLedger:
             )
             return [str(record) for (record,) in found]
 
+    def oldest_segment(self, default: int) -> int:
+        """The first window in whose segment an answer lies that may still be folded, at most `default`."""
+        with self.database.read() as connection:
+            places = connection.execute(
+                select(submissions.c.place).where(
+                    submissions.c.run_id == self.run_id, submissions.c.place.contains("/")
+                )
+            ).scalars()
+            return min([default, *(int(place.partition("/")[0]) for place in places)])
+
     def entries(self, decision_seq: int, event_seq: int) -> list[Entry]:
         """The journal after a checkpoint: decisions and events are counted apart."""
         with self.database.read() as connection:

@@ -413,8 +413,12 @@ class RunThread(threading.Thread):
             self.planner.objects.remove(self._doomed.popleft())
         if previous is None:
             return
+        needed = previous.window
+        if not self.run_parts.synchronous:
+            # An answer may wait for many versions until it is its turn.
+            needed = self.ledger.oldest_segment(needed)
         for segment in self.segments.present():
-            if segment.run_id == self.ledger.run_id and segment.window < previous.window:
+            if segment.run_id == self.ledger.run_id and segment.window < needed:
                 self.segments.remove(segment)
         self._states.append(previous.state_name)
         while len(self._states) > KEEP - 1:

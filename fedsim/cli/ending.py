@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fedsim.cli.output import pairs
+from fedsim.printable import printable
 from fedsim.runs import measures
 from fedsim.runs.folder import REPORT, RunFolder
 from fedsim.runs.numbers import in_bytes, in_time, short, some
@@ -137,7 +138,7 @@ def _not_counted(folder: RunFolder) -> str:
     told = ", ".join(f"{count:,} {verdict}" for verdict, count in counts(found).items())
     rows = [
         f"  client {t.client}: {t.verdict}"
-        + (f", {t.reason}" if t.reason else "")
+        + (f", {printable(t.reason)}" if t.reason else "")
         + f", rounds {some(sorted(set(t.rounds)))}"
         for t in found[:MOST_TROUBLES]
     ]

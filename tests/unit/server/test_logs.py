@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import logging
-import secrets
 from collections.abc import Iterator
 
 import pytest
@@ -107,7 +106,7 @@ def test_levels_and_other_loggers() -> None:
     assert len(logged("json", *calls, level="error")) == 1
 
 
-TOKEN = secrets.token_urlsafe(24)
+TOKEN = "Zm9yIHRoZXNlIHRlc3RzIG9ubHk0X-_7"  # fixed: the names of the tests hold it
 
 
 @pytest.mark.parametrize(
@@ -124,7 +123,7 @@ TOKEN = secrets.token_urlsafe(24)
         f"-----BEGIN PRIVATE KEY-----\n{TOKEN}\n-----END PRIVATE KEY-----",
         f"-----BEGIN PRIVATE KEY-----\n{TOKEN}",
         f"('fedsim-ticket-bin', {TOKEN.encode()!r})",
-        f"metadata {secrets.token_bytes(32) + TOKEN.encode()!r}",
+        f"metadata {bytes(range(200, 232)) + TOKEN.encode()!r}",
         f"fedsim-ticket-bin: {TOKEN}",
     ],
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from fedsim.errors import ConfigError
 from fedsim.identity import Key
 from fedsim.pb import federation_pb2 as pb
 from fedsim.server.desk import Place
+from fedsim.server.remote import RemoteEngine
 from fedsim.server.run_table import NoSuchRun
 from fedsim.server.tables import journal, run_members, submissions, tasks
 from fedsim.simulation.replay import Replay, read_journal
@@ -133,6 +135,31 @@ def test_an_asynchronous_run_equals_the_replay_of_its_journal(
     assert all(torch.equal(want[name], got[name]) for name in want)
     clocks = [line["clock_seconds"] for line in lines(coordinator, run_id, "metrics.jsonl")]
     assert clocks == [record["clock_seconds"] for record in replayed]
+
+
+def test_answers_that_wait_for_many_versions_are_not_cleared_away(
+    coordinator: Coordinator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All arrive in the first window, and one of them is folded in each of the next ones."""
+    gate = threading.Event()
+    next_event = RemoteEngine.next_event
+
+    def gated(engine: RemoteEngine) -> Any:
+        assert gate.wait(60)
+        return next_event(engine)
+
+    monkeypatch.setattr(RemoteEngine, "next_event", gated)
+    values = settings("fedasync", scheduler={"name": "immediate"}, run={"seed": 3, "rounds": 8})
+    run_id = submit(coordinator, values)
+    for number, node in enumerate(coordinator.nodes):
+        coordinator.turn(node, first_task(coordinator, run_id, number))
+    gate.set()
+    assert coordinator.serve(run_id) == "ok"
+    folder = coordinator.runs.folder(run_id)
+    replay = Replay(load_config(folder / "config.toml").config, read_journal(folder / "journal.jsonl"))
+    list(replay)
+    want, got = replay.model_tensors(), final(coordinator, run_id)
+    assert all(torch.equal(want[name], got[name]) for name in want)
 
 
 def test_the_same_answer_twice_counts_once(coordinator: Coordinator) -> None:
