@@ -172,7 +172,8 @@ def test_the_last_position_of_the_lstm_is_that_of_all_positions() -> None:
     every = made(Case("lstm", (20,), 30, {"hidden": 16}, 0))
     last = made(Case("lstm", (20,), 30, {"hidden": 16, "last": True}, 0))
     inputs = batch(Case("lstm", (20,), 30, {}, 0))
-    assert torch.equal(every(inputs)[:, -1], last(inputs))
+    # One matrix product of another shape: the last bit may differ, by processor.
+    torch.testing.assert_close(every(inputs)[:, -1], last(inputs), rtol=1e-6, atol=1e-6)
 
 
 # Checkpoints name parameters: these names are part of the file format.
