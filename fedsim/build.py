@@ -131,6 +131,9 @@ def build_model(config: Config, data: FederatedData, given: Any = None) -> nn.Mo
         given: an ``nn.Module``, a class or a function that returns one; None builds by name.
     """
     dataset = data.dataset
+    if given is None and config.model.target is None:
+        # A name is a plugin's and never a place in code, whoever wrote the configuration.
+        load("models", config.model.name)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(torch_seed(config.run.seed, Purpose.MODEL, 0))
         module = make_model(

@@ -76,6 +76,7 @@ def alive(pid: int | None) -> bool:
     return not status.exists() or "State:\tZ" not in status.read_text()
 
 
+@pytest.mark.slow
 def test_a_warm_worker_does_one_order_after_the_other(found: list[Exchange], tmp_path: Path) -> None:
     """States carried in files, failures in between, and a GPU given back at the end; one process."""
     mine = [exchange for exchange in found if exchange.client == 1]
@@ -139,6 +140,7 @@ def test_a_warm_worker_does_one_order_after_the_other(found: list[Exchange], tmp
     with_worker(use, log=log, idle_seconds=0.05, grace_seconds=60.0)
 
 
+@pytest.mark.slow
 def test_a_killed_worker_is_a_failure_and_the_next_order_gets_a_fresh_one(
     found: list[Exchange], tmp_path: Path
 ) -> None:
