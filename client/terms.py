@@ -13,6 +13,10 @@ ITEM_BYTES = {
 }  # fmt: skip
 
 
+MOST_CLIENTS = 10_000_000
+"""Clients of a run; a client's tables of all clients grow with them, whoever made the number up."""
+
+
 class Malformed(Exception):
     """A task that does not say what a task must say."""
 
@@ -46,6 +50,8 @@ def terms_of(task: pb.Task) -> Terms:
     Raises:
         Malformed: it does not say it, or not in the form of the contract.
     """
+    if not task.client < task.population <= MOST_CLIENTS:
+        raise Malformed(f"client {task.client} of {task.population} (at most {MOST_CLIENTS})")
     try:
         config, local = json.loads(task.config), json.loads(task.local)
         strategy, model, data = (_text(config[table]["name"]) for table in ("strategy", "model", "data"))

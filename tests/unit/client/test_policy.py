@@ -127,6 +127,7 @@ def test_a_task_says_what_it_asks_for() -> None:
     config["privacy"] = {"noise_multiplier": 1.1, "clip_norm": 0.5}
     task = pb.Task(
         server_id=bytes.fromhex(SERVER), run_id="0123456789ab", run_name="r", schema="s", steps=-1,
+        population=4,
         config=json.dumps(config).encode(), local=local(batch_size=8, epochs=3),
         update=[
             pb.TensorSpec(name="a", dtype="F32", shape=[10, 2]),
@@ -154,10 +155,12 @@ def test_a_task_says_what_it_asks_for() -> None:
         {"local": local(batch_size=True)},
         {"local": json.dumps({"batch_size": 1.5, "epochs": 1, "steps": None}).encode()},
         {"update": [pb.TensorSpec(name="a", dtype="F8", shape=[1])]},
+        {"client": 4},
+        {"population": 10**9},
     ],
 )
 def test_a_task_that_does_not_say_it_is_malformed(changed: dict[str, Any]) -> None:
-    given: dict[str, Any] = {"config": task_config(), "local": local(), "steps": -1}
+    given: dict[str, Any] = {"config": task_config(), "local": local(), "steps": -1, "population": 4}
     terms_of(pb.Task(**given))
     with pytest.raises(Malformed):
         terms_of(pb.Task(**(given | changed)))
