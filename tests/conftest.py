@@ -7,6 +7,10 @@ from __future__ import annotations
 
 import os
 
+# Before anything loads gRPC: its handlers at a fork end the children that tests start with limits of
+# their own, where a coordinator has run in this process before.
+os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"
+
 # Before anything imports torch, which reads it once.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["MPLBACKEND"] = "Agg"
