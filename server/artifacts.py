@@ -89,7 +89,9 @@ def lines_from(path: Path, offset: int, *, longest: int, most: int) -> list[tupl
         while len(found) < most:
             kept = line = file.readline(longest)
             while line and not line.endswith(b"\n"):
+                # The writer may have gone on between two reads: what is read belongs to this line.
                 line = file.readline(longest)
+                kept = (kept + line)[:longest]
             if not line:
                 break  # the end, or a line whose rest is still being written
             found.append((kept.rstrip(b"\r\n").decode("utf-8", "replace"), file.tell()))
