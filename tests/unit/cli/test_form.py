@@ -41,6 +41,11 @@ def test_every_command_has_help_with_the_common_options(fedsim: Program, words: 
     assert max(len(line) for line in out.splitlines()) <= 80
 
 
+def test_positional_arguments_are_explained(fedsim: Program) -> None:
+    _, out, _ = fedsim("node", "approve", "--help")
+    assert "Name or identifier." in out
+
+
 @pytest.mark.parametrize("words", commands(), ids=" ".join)
 def test_wrong_usage_of_every_command_is_one_error_with_a_code_and_a_hint(
     fedsim: Program, words: tuple[str, ...]
