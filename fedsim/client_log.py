@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 from fedsim.types import Floats, Ids, UpdateBlock
@@ -18,16 +19,19 @@ class ClientLog:
     def add(
         self,
         block: UpdateBlock,
-        verdicts: Sequence[str],
-        reasons: Sequence[str | None],
+        reasons: Sequence[str | None] | None,
         norms: Floats,
         bytes_up: int,
         *,
         staleness: Ids | None = None,
     ) -> None:
+        """The clients of one block; `reasons` [b] of those that were refused, None where nobody was."""
+        verdicts = ["accepted"] * len(block)
+        if reasons is not None:
+            verdicts = ["accepted" if reason is None else "refused" for reason in reasons]
         part: dict[str, list[Any]] = {
             "client": block.ids.tolist(),
-            "verdict": list(verdicts),
+            "verdict": verdicts,
             "examples": block.examples.tolist(),
             "steps": block.local_steps.tolist(),
             "norm": norms.tolist(),
@@ -37,7 +41,7 @@ class ClientLog:
         }
         if staleness is not None:
             part["staleness"] = staleness.tolist()
-        if any(reasons):
+        if reasons is not None:
             part["reason"] = list(reasons)
         self.parts.append(part)
 
@@ -59,6 +63,6 @@ class ClientLog:
         """Equally long columns, None where a client has no such value."""
         names = dict.fromkeys(name for part in self.parts for name in part)
         return {
-            name: [v for part in self.parts for v in part.get(name, [None] * len(part["client"]))]
+            name: list(chain(*(part.get(name) or [None] * len(part["client"]) for part in self.parts)))
             for name in names
         }

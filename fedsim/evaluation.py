@@ -14,7 +14,11 @@ from fedsim.data.federated import FederatedData
 from fedsim.flat import ParamSpec, write_flat
 from fedsim.keys import Purpose, generator
 from fedsim.metrics import PerExample, by_client, joined, metrics_of, per_example, summary
+from fedsim.models.layout import lay_out, takes_channels_last
 from fedsim.types import Floats, Ids
+
+_ROWS = 100
+"""Examples of one pass through convolutions, so that what they leave behind still lies in the cache."""
 
 
 class Evaluator:
@@ -24,7 +28,7 @@ class Evaluator:
         module: the model.
         spec, floating, integers: layouts of its parameters and buffers.
         data: the partitioned data set.
-        batch_size: examples of one forward pass.
+        batch_size: most examples of one forward pass.
         metrics: names asked for beside the task's own.
     """
 
@@ -45,6 +49,23 @@ class Evaluator:
         self.batch_size = batch_size
         self.names = metrics_of(data.dataset.task, metrics)
         self._like = next(self.module.parameters())
+        self._images = self._like.device.type == "cpu" and takes_channels_last(
+            self.module, self._inputs(self._anything(), images=False)
+        )
+        if self._images:
+            lay_out(self.module, torch.channels_last)
+            self.batch_size = min(batch_size, _ROWS)
+
+    def _anything(self) -> Tensor:
+        """[2, ...] stored examples; a coordinator has none, only their shape."""
+        dataset = self.data.dataset
+        return dataset.train.inputs.new_zeros((2, *dataset.input_shape))
+
+    def _inputs(self, stored: Tensor, *, images: bool) -> Tensor:
+        """What the module gets of stored examples."""
+        batch = self.data.dataset.transforms.evaluate(stored.to(self._like.device))
+        batch = batch.to(self._like.dtype) if batch.is_floating_point() else batch
+        return batch.contiguous(memory_format=torch.channels_last) if images and batch.ndim == 4 else batch
 
     def set(self, x: Tensor, buffers: Buffers) -> None:
         """Put these values into the module."""
@@ -61,12 +82,16 @@ class Evaluator:
         with torch.inference_mode():
             for start in range(0, len(targets), self.batch_size):
                 rows = slice(start, start + self.batch_size)
-                batch = dataset.transforms.evaluate(inputs[rows].to(like.device))
-                batch = batch.to(like.dtype) if batch.is_floating_point() else batch
+                batch = self._inputs(inputs[rows], images=self._images)
                 wanted = targets[rows].to(like.device)
                 wanted = wanted.to(like.dtype) if wanted.is_floating_point() else wanted
                 parts.append(per_example(dataset.task, self.module(batch), wanted))
         return joined(parts)
+
+    def _judge_rows(self, inputs: Tensor, targets: Tensor, rows: Tensor) -> PerExample:
+        """`judge` on these rows, gathered some thousands at a time."""
+        parts = torch.split(rows, self.batch_size * max(1, 4096 // self.batch_size))
+        return joined([self.judge(inputs[part], targets[part]) for part in parts])
 
     def central(self, x: Tensor, buffers: Buffers) -> dict[str, float]:
         """The metrics on the central test set; {} where the data have none."""
@@ -105,9 +130,13 @@ class Evaluator:
         place = np.repeat(np.arange(len(ids)), sizes).astype(np.int64)
         train = data.dataset.train
         if personal is None:
-            rows = torch.from_numpy(np.concatenate([rows_of(int(i)) for i in ids]))
+            index, offsets = (
+                (data.holdout_index, data.holdout_offsets) if held else (data.index, data.offsets)
+            )
+            inside = np.arange(int(sizes.sum())) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+            rows = torch.from_numpy(index[np.repeat(offsets[ids], sizes) + inside])
             self.set(x, buffers)
-            examples = self.judge(train.inputs[rows], train.targets[rows])
+            examples = self._judge_rows(train.inputs, train.targets, rows)
         else:
             parts = []
             for client in ids[sizes > 0].tolist():

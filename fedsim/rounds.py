@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedsim.engine import Arrived, Event, Failed, Left, Refused
+from fedsim.ids import among, ascending, distinct
 from fedsim.types import Ids
 
 
@@ -101,7 +102,7 @@ def dispatched(state: WindowState, ids: Ids, version: int) -> WindowState:
         ValueError: a client would have two tasks in flight.
     """
     flying = state.ids[state.status == Status.IN_FLIGHT]
-    if len(np.unique(ids)) != len(ids) or np.isin(ids, flying).any():
+    if len(distinct(ids)) != len(ids) or (len(flying) and among(ids, flying).any()):
         raise ValueError("a client has at most one task in flight")
     new = len(ids)
     return replace(
@@ -123,6 +124,9 @@ def _latest_rows(state: WindowState, ids: Ids, base_version: Ids | None = None) 
         wanted = np.where((base_version >= 0) & (base_version < span), ids * span + base_version, -1)
     if len(wanted) == len(keys) and np.array_equal(wanted, keys):
         return np.arange(len(wanted), dtype=np.int64)
+    if len(wanted) == 1:
+        same = np.flatnonzero(keys == wanted[0])
+        return same[-1:].astype(np.int64) if len(same) else np.full(1, -1, np.int64)
     order = np.argsort(keys, kind="stable")
     at = np.searchsorted(keys[order], wanted, side="right") - 1
     found = (at >= 0) & (keys[order][np.maximum(at, 0)] == wanted) if len(order) else at >= 0
@@ -139,7 +143,7 @@ def on_event(state: WindowState, event: Event) -> tuple[WindowState, npt.NDArray
         versions = None if isinstance(event, Left) else event.base_version
         rows = _latest_rows(state, event.ids, versions)
         rows = rows[rows >= 0]
-        rows = np.unique(rows[np.isin(state.status[rows], taken)])
+        rows = distinct(rows[among(state.status[rows].astype(np.int64), np.array(taken))])
         if not len(rows):
             return state, none
         status = state.status.copy()
@@ -151,8 +155,11 @@ def on_event(state: WindowState, event: Event) -> tuple[WindowState, npt.NDArray
 
 
 def _arrived(state: WindowState, event: Arrived) -> tuple[WindowState, npt.NDArray[np.int8]]:
-    known = _latest_rows(state, event.ids) >= 0
     rows = _latest_rows(state, event.ids, event.base_version)
+    # Who has that very task is known; only of the others it must be asked whether they have any.
+    known = rows >= 0
+    if not known.all() and len(state.ids):
+        known |= among(event.ids, state.ids)
     safe = np.maximum(rows, 0)
     verdict = np.full(len(rows), Verdict.FOREIGN, np.int8)
     if known.any():
@@ -160,14 +167,15 @@ def _arrived(state: WindowState, event: Arrived) -> tuple[WindowState, npt.NDArr
         status = state.status[safe]
         verdict[known & ~same] = Verdict.LATE
         verdict[same & (status == Status.LOST)] = Verdict.LATE
-        answered = same & np.isin(status, (Status.RECEIVED, Status.REFUSED))
+        answered = same & ((status == Status.RECEIVED) | (status == Status.REFUSED))
         verdict[answered] = Verdict.DUPLICATE
         flying = same & (status == Status.IN_FLIGHT)
         verdict[flying] = Verdict.LATE if state.closed else Verdict.ACCEPTED
         # The same answer twice in one event is one answer.
-        first = np.zeros(len(rows), bool)
-        first[np.unique(rows, return_index=True)[1]] = True
-        verdict[(verdict == Verdict.ACCEPTED) & ~first] = Verdict.DUPLICATE
+        if not ascending(rows):
+            first = np.zeros(len(rows), bool)
+            first[np.unique(rows, return_index=True)[1]] = True
+            verdict[(verdict == Verdict.ACCEPTED) & ~first] = Verdict.DUPLICATE
     accepted = rows[verdict == Verdict.ACCEPTED]
     new_status, arrival = state.status.copy(), state.arrival.copy()
     new_status[accepted] = Status.RECEIVED

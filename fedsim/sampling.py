@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from fedsim.errors import ConfigError
+from fedsim.ids import among
 from fedsim.keys import Purpose, generator
 from fedsim.types import Bools, Ids
 
@@ -31,7 +32,7 @@ class Free:
 
     def __call__(self, ids: Ids, round_index: int) -> Bools:
         there = self.there(ids, round_index)
-        return there & ~np.isin(ids, self.busy) if len(self.busy) else there
+        return there & ~among(ids, self.busy) if len(self.busy) else there
 
 
 Sampler = Callable[[int, int, int, int, int, Free], Ids]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
+from pathlib import Path
+
 import numpy as np
 import torch
 
@@ -13,6 +16,7 @@ from fedsim.data.heldout import split_rows
 _INK = 16  # scikit-learn's digits have 17 grey levels, 0 … 16
 _TEST_FRACTION = 360 / 1797
 _SPLIT_SEED = 2024
+_FILE = Path("datasets", "data", "digits.csv.gz")  # in scikit-learn, 64 grey levels and the class of each
 
 
 def digits() -> Dataset:
@@ -22,9 +26,7 @@ def digits() -> Dataset:
     with scikit-learn. The split is drawn at random, not by writer (the writers are not recorded) and
     not stratified. Pixels are stretched from 0–16 to 0–255, so that all image sets have one scale.
     """
-    from sklearn.datasets import load_digits
-
-    ink, classes = load_digits(return_X_y=True)  # [1797, 64], [1797]
+    ink, classes = _table()
     stretched = np.asarray(ink, dtype=np.float64) * (transforms.WHITE / _INK)
     pixels = np.rint(stretched).astype(np.uint8).reshape(-1, 1, 8, 8)
     labels = np.asarray(classes, dtype=np.int64)
@@ -39,3 +41,20 @@ def digits() -> Dataset:
         classes=10,
         label_names=tuple(str(digit) for digit in range(10)),
     )
+
+
+def _table() -> tuple[np.ndarray, np.ndarray]:
+    """[1797, 64] grey levels and [1797] classes.
+
+    Read from the file in scikit-learn's folder: importing scikit-learn brings SciPy and pandas along, which
+    takes longer than a short run. A version that keeps the file elsewhere is asked for it.
+    """
+    found = importlib.util.find_spec("sklearn")
+    for folder in (found.submodule_search_locations if found else None) or ():
+        if (path := Path(folder) / _FILE).is_file():
+            table = np.loadtxt(path, delimiter=",", dtype=np.int64)
+            return table[:, :-1], table[:, -1]
+    from sklearn.datasets import load_digits
+
+    ink, classes = load_digits(return_X_y=True)
+    return ink, classes

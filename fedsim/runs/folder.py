@@ -24,10 +24,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedsim.runs import checkpoints, lines, lock, manifest, table
+from fedsim.runs.columns import encode_columns
 from fedsim.runs.lines import Record
 from fedsim.runs.log import open_log
 from fedsim.runs.names import folder_name
-from fedsim.storage import damaged, problem, sync_file, unreadable, write_atomically
+from fedsim.storage import append_whole, damaged, problem, sync_file, unreadable, write_atomically
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -121,10 +122,7 @@ class RunFolder:
             ValueError: the columns are not equally long.
             EnvironmentProblem: FS-ENV-020 … 022, the file is as before.
         """
-        names = list(columns)
-        rows = zip(*columns.values(), strict=True)
-        records = [lines.ordered(dict(zip(names, row, strict=True)), lines.CLIENT_KEYS) for row in rows]
-        lines.append(self.path / CLIENTS, records)
+        append_whole(self.path / CLIENTS, encode_columns(columns, lines.CLIENT_KEYS))
 
     def records(self) -> list[Record]:
         """The rounds so far; a torn last line is left out.

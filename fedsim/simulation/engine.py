@@ -9,39 +9,27 @@ decided when it gets its task, so it does not matter when it is computed.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from fedsim.engine import Arrived, Drained, Event, Failed
-from fedsim.local import LocalAlgorithm, LocalSpec
+from fedsim.local import LocalAlgorithm
 from fedsim.rows import RowStore
 from fedsim.simulation.clock import VirtualClock
+from fedsim.simulation.crew import Alone, Bench, Crew, Order
 from fedsim.simulation.devices import DeviceModel
 from fedsim.simulation.ready import Ready, gathered
-from fedsim.training.answer import answer, from_rows
+from fedsim.simulation.sent import Chosen, Ledger, Sent, TaskKey, joined
+from fedsim.training.answer import Answer, from_rows
 from fedsim.training.work import ClientFailed, Trainer, Work, Workplace, client_message
 from fedsim.transform import UpdateTransform
-from fedsim.types import Bools, Floats, Ids, Message, Task, UpdateBlock
+from fedsim.types import Floats, Ids, Message, Task, UpdateBlock
 
 log = logging.getLogger(__name__)
-
-TaskKey = tuple[int, int]  # client, version that it started from
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Sent:
-    """A task as its devices take it: [b] local steps, seconds, who never answers."""
-
-    task: Task
-    steps: Ids
-    seconds: Floats
-    lost: Bools
 
 
 class SimulatedEngine:
@@ -56,6 +44,7 @@ class SimulatedEngine:
         transform: applied on the client side of each update.
         one_by_one: each answer is an event of its own, as asynchronous schedulers want it; otherwise
             those of one moment come together.
+        crew: who computes the blocks, None for this process; closed with the engine.
     """
 
     def __init__(
@@ -68,6 +57,7 @@ class SimulatedEngine:
         store: RowStore,
         transform: UpdateTransform | None = None,
         one_by_one: bool = False,
+        crew: Crew | None = None,
     ) -> None:
         self.place = place
         self.trainer = trainer
@@ -76,10 +66,10 @@ class SimulatedEngine:
         self.store = store
         self.transform = transform
         self.one_by_one = one_by_one
+        self.crew: Crew = Alone() if crew is None else crew
         self.clock = VirtualClock()
-        self.sent: dict[TaskKey, tuple[Sent, int]] = {}  # in the order of dispatch
+        self.sent = Ledger()
         self.ready: dict[TaskKey, Ready] = {}
-        self.announced: set[TaskKey] = set()  # arrived; those never asked for are forgotten
 
     @property
     def now(self) -> float:
@@ -91,11 +81,11 @@ class SimulatedEngine:
         steps = self.devices.limit(task.ids, steps, moment)
         seconds = self.devices.seconds(task.ids, steps, moment)
         sent = Sent(task, steps, seconds, self.devices.lost(task.ids, moment))
-        self.sent |= {(client, task.version): (sent, row) for row, client in enumerate(task.ids.tolist())}
+        self.sent.add(sent)
         if self.one_by_one:
             groups: list[Ids] = [np.array([row], np.int64) for row in range(len(task.ids))]
         else:
-            groups = [np.flatnonzero(seconds == at).astype(np.int64) for at in np.unique(seconds)]
+            groups = _equal(seconds)
         for rows in groups:
             after = float(seconds[rows[0]])
             for lost in (False, True):
@@ -121,135 +111,132 @@ class SimulatedEngine:
         if isinstance(event, Failed):
             self._forget(event.ids, event.base_version)
         elif isinstance(event, Arrived):
-            self.announced.update(zip(event.ids.tolist(), event.base_version.tolist(), strict=True))
+            self.sent.announce(event.ids, event.base_version)
         return event or Drained()
 
     def settle(self) -> list[Event]:
         return []  # nothing is acknowledged before it is announced
 
     def collect(self, ids: Ids, base_version: Ids) -> Iterator[UpdateBlock | Failed]:
-        wanted = list(zip(ids.tolist(), base_version.tolist(), strict=True))
-        missing = [key for key in wanted if key in self.sent and key not in self.ready]
-        found = [self.ready.pop(key) for key in wanted if key in self.ready]
-        if found:
-            block, kept = gathered(found)
-            self.store.stage(block.ids, kept)
-            yield block
-        for alike in self._alike(missing):
-            early = self._next_of(alike)
-            yield from self._compute(alike, early)
+        missing = self.sent.find(ids, base_version)
+        if self.ready:
+            keys = missing.keys
+            found = [self.ready.pop(key) for key in keys if key in self.ready]
+            if found:
+                early = {(int(r.block.ids[r.row]), int(r.block.base_version[r.row])) for r in found}
+                missing = missing.take(np.array([key not in early for key in keys]))
+                block, kept = gathered(found)
+                self.store.stage(block.ids, kept)
+                yield block
+        for alike in missing.alike:
+            yield from self._compute(alike, self._next_of(alike))
         self._forget(ids, base_version)
 
     def commit(self, ids: Ids, base_version: Ids) -> None:
         self.store.commit(ids)
-        for key in self.announced:  # of clients that have left
-            self.sent.pop(key, None)
+        for key in self.sent.end_announced():  # of clients that have left
             self.ready.pop(key, None)
-        self.announced.clear()
 
     def cancel(self) -> None:
         self.clock.clear()
         self.sent.clear()
         self.ready.clear()
-        self.announced.clear()
         self.store.discard()
 
     def close(self) -> None:
         self.cancel()
+        self.crew.close()
 
     def _forget(self, ids: Ids, base_version: Ids | None) -> None:
         """These tasks are over."""
         assert base_version is not None
-        for key in zip(ids.tolist(), base_version.tolist(), strict=True):
-            self.sent.pop(key, None)
-            self.ready.pop(key, None)
-            self.announced.discard(key)
+        self.sent.end(ids, base_version)
+        if self.ready:
+            for key in zip(ids.tolist(), base_version.tolist(), strict=True):
+                self.ready.pop(key, None)
 
-    def _alike(self, keys: Sequence[TaskKey]) -> list[list[TaskKey]]:
-        """Tasks grouped by their local training: only those under the same can share a block."""
-        groups: dict[LocalSpec, list[TaskKey]] = {}
-        for key in keys:
-            groups.setdefault(self.sent[key][0].task.spec, []).append(key)
-        return list(groups.values())
-
-    def _next_of(self, alike: Sequence[TaskKey]) -> list[TaskKey]:
-        """The tasks under the same local training that fill up the last block, earliest first."""
-        room = -len(alike) % self.trainer.block
+    def _next_of(self, alike: Chosen) -> Chosen:
+        """The tasks under the same local training that fill up the last block or the crew, earliest first."""
+        # Workers without a block would wait; of one client, blocks are the same whoever is computed beside.
+        room = -len(alike) % (self.crew.width if self.trainer.block == 1 else self.trainer.block)
         if not self.one_by_one or not room:
-            return []
-        spec, asked = self.sent[alike[0]][0].task.spec, set(alike)
-        return [
-            key
-            for key in self.clock.coming()
-            if key in self.sent
-            and key not in asked
-            and key not in self.ready
-            and self.sent[key][0].task.spec == spec
-        ][:room]
+            return alike.take(np.empty(0, np.int64))
+        asked, spec = set(alike.keys), alike.sents[0].task.spec
+        coming = [key for key in self.clock.coming() if key not in asked and key not in self.ready]
+        found = alike.take(np.empty(0, np.int64))
+        for start in range(0, len(coming), room):
+            next_ones = np.array(coming[start : start + room], np.int64)
+            ahead = self.sent.find(next_ones[:, 0], next_ones[:, 1])
+            under = np.array([sent.task.spec == spec for sent in ahead.sents], bool)
+            found = joined(found, ahead.take(under[ahead.which])) if len(ahead) else found
+            if len(found) >= room:
+                break
+        return found.take(np.arange(min(room, len(found))))
 
-    def _compute(self, asked: Sequence[TaskKey], early: Sequence[TaskKey]) -> Iterator[UpdateBlock | Failed]:
+    def _compute(self, asked: Chosen, early: Chosen) -> Iterator[UpdateBlock | Failed]:
         """Train the tasks; those asked for are yielded, the others wait until they are."""
-        keys = [*asked, *early]
-        at = [self.sent[key] for key in keys]
-        steps = np.array([sent.steps[row] for sent, row in at], np.int64)
-        algorithm = self.algorithm(at[0][0].task.spec)
-        for rows in self.trainer.plan(steps):
-            part = [at[row] for row in rows]
-            try:
-                block, kept = self._train(part, algorithm)
-            except ClientFailed as failure:
-                log.warning("client=%d failed: %s", failure.client, failure.reason, exc_info=True)
-                sent, row = part[0]
-                yield Failed(sent.task.ids[row : row + 1], failure.reason, np.array([sent.task.version]))
+        both = joined(asked, early)
+        plan = self.trainer.plan(both.steps)
+        parts = [both.take(rows) for rows in plan]
+        outcomes = self.crew.answers(
+            Bench(self.place, self.trainer, self.transform, self.algorithm),
+            both.sents[0].task.spec,
+            [float(part.steps.sum()) for part in parts],
+            lambda number: self._order(parts[number]),
+        )
+        for rows, part, outcome in zip(plan, parts, outcomes, strict=True):
+            if isinstance(outcome, ClientFailed):
+                log.warning("client=%d failed: %s", outcome.client, outcome.reason, exc_info=outcome)
+                yield Failed(part.ids[:1], outcome.reason, part.versions[:1])
                 continue
+            block, kept = self._block(part, outcome), outcome.kept
             due = rows < len(asked)
-            for row in np.flatnonzero(~due):
-                self.ready[keys[rows[row]]] = Ready(block, int(row), kept)
             if due.all():
                 self.store.stage(block.ids, kept)
                 yield block
-            elif due.any():
+                continue
+            keys = part.keys
+            for row in np.flatnonzero(~due).tolist():
+                self.ready[keys[row]] = Ready(block, row, kept)
+            if due.any():
                 index = torch.from_numpy(np.flatnonzero(due))
                 mine = block.take(due)
                 self.store.stage(mine.ids, {name: leaf[index.to(leaf.device)] for name, leaf in kept.items()})
                 yield mine
 
-    def _work(self, part: Sequence[tuple[Sent, int]]) -> tuple[Work, Ids, Floats]:
-        """What the clients of one block do, with [C] versions and seconds."""
-        tasks = [sent.task for sent, _ in part]
-        ids = np.array([sent.task.ids[row] for sent, row in part], np.int64)
-        steps = np.array([sent.steps[row] for sent, row in part], np.int64)
-        seconds = np.array([sent.seconds[row] for sent, row in part])
-        rounds = np.array([task.round_index for task in tasks], np.int64)
-        versions = np.array([task.version for task in tasks], np.int64)
-        message, buffers = tasks[0].message, tasks[0].buffers
+    def _work(self, part: Chosen) -> Work:
+        """What the clients of one block do."""
+        tasks = [sent.task for sent in part.sents]
+        ids, message, buffers = part.ids, tasks[0].message, tasks[0].buffers
         mixed = any(task.message is not message for task in tasks)
         if mixed:
-            message = pytree.tree_map(lambda *leaves: torch.stack(leaves), *(t.message for t in tasks))
-            buffers = pytree.tree_map(lambda *leaves: torch.stack(leaves), *(t.buffers for t in tasks))
-        if all(task is tasks[0] for task in tasks):
+            each = [tasks[number] for number in part.which.tolist()]
+            message = pytree.tree_map(lambda *leaves: torch.stack(leaves), *(t.message for t in each))
+            buffers = pytree.tree_map(lambda *leaves: torch.stack(leaves), *(t.buffers for t in each))
+        if len(tasks) == 1:
             lent = tasks[0].lend(ids)
         else:
-            each = [task.lend(ids[row : row + 1]) for row, task in enumerate(tasks)]
-            lent = pytree.tree_map(lambda *leaves: torch.cat(leaves), *each)
-        work = Work(ids, steps, rounds, tasks[0].spec, message, lent, buffers, mixed)
-        return work, versions, seconds
+            rows = zip(part.which.tolist(), range(len(ids)), strict=True)
+            lend = [tasks[number].lend(ids[row : row + 1]) for number, row in rows]
+            lent = pytree.tree_map(lambda *leaves: torch.cat(leaves), *lend)
+        return Work(ids, part.steps, part.rounds, tasks[0].spec, message, lent, buffers, mixed)
 
-    def _train(
-        self, part: Sequence[tuple[Sent, int]], algorithm: LocalAlgorithm
-    ) -> tuple[UpdateBlock, Mapping[str, Tensor]]:
-        """The answers of one block, and the rows that its clients will keep."""
-        work, versions, seconds = self._work(part)
-        ids = work.ids
-        found = answer(self.place, self.trainer, self.transform, work, algorithm, self._known)
-        trained = found.trained
-        block = UpdateBlock(
+    def _order(self, part: Chosen) -> Order:
+        """The block with what is known of its clients' states."""
+        work = self._work(part)
+        known = self.store.has(work.ids)
+        return Order(work, known, self.store.read(work.ids[known]) if known.any() else {})
+
+    def _block(self, part: Chosen, found: Answer) -> UpdateBlock:
+        """The answers of one block as the federation takes them."""
+        ids, trained = part.ids, found.trained
+        return UpdateBlock(
             ids,
-            versions,
+            part.versions,
             self.place.clients.sizes(ids) if trained.examples is None else trained.examples,
             trained.steps,
             trained.normaliser,
-            seconds,
+            part.seconds,
             found.vectors,
             trained.scalars,
             trained.metrics,
@@ -257,9 +244,11 @@ class SimulatedEngine:
             trained.int_buffers,
             self.store.version_of[ids],
         )
-        return block, found.kept
 
-    def _known(self, ids: Ids) -> tuple[Bools, Mapping[str, Tensor]]:
-        """Which clients have states, and the rows of those."""
-        known = self.store.has(ids)
-        return known, self.store.read(ids[known]) if known.any() else {}
+
+def _equal(seconds: Floats) -> list[Ids]:
+    """Rows that take equally long, the shortest first."""
+    if (seconds == seconds[0]).all():
+        return [np.arange(len(seconds), dtype=np.int64)]
+    order = np.argsort(seconds, kind="stable").astype(np.int64)
+    return list(np.split(order, np.flatnonzero(np.diff(seconds[order])) + 1))

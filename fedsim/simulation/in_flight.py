@@ -19,8 +19,9 @@ from torch import Tensor
 from fedsim.buffers import Buffers
 from fedsim.local import LocalSpec
 from fedsim.outbox import lend_nothing_to
-from fedsim.simulation.engine import Sent, SimulatedEngine, TaskKey
+from fedsim.simulation.engine import SimulatedEngine
 from fedsim.simulation.ready import Ready, gathered
+from fedsim.simulation.sent import FLYING, Sent
 from fedsim.types import Ids, Message, Task, UpdateBlock
 
 Tensors = dict[str, Tensor]
@@ -32,13 +33,12 @@ def save_flight(engine: SimulatedEngine) -> tuple[Tensors, str]:
     """Tensors by name, and a JSON text of the rest."""
     tensors: Tensors = {}
     tasks: list[dict[str, Any]] = []
-    parts: dict[int, tuple[Sent, list[int]]] = {}
-    for key, (sent, row) in engine.sent.items():
-        if key in engine.announced:
+    number = -1
+    for sent in engine.sent.sents:
+        rows = np.flatnonzero(sent.status == FLYING)
+        if not len(rows):
             continue  # answered, and nobody asked for it
-        parts.setdefault(id(sent), (sent, []))[1].append(row)
-    for number, (sent, kept) in enumerate(parts.values()):
-        task, rows = sent.task, np.array(kept, np.int64)
+        number, task = number + 1, sent.task
         tasks.append(
             {
                 "ids": task.ids[rows].tolist(),
@@ -51,14 +51,15 @@ def save_flight(engine: SimulatedEngine) -> tuple[Tensors, str]:
                 "lost": sent.lost[rows].tolist(),
             }
         )
-        for group, values in (("vectors", task.message.vectors), ("scalars", task.message.scalars)):
-            tensors |= {f"message.{task.version}.{group}.{name}": t.clone() for name, t in values.items()}
-        for name, buffer in task.buffers._asdict().items():
-            tensors[f"buffers.{task.version}.{name}"] = buffer.clone()
+        if f"buffers.{task.version}.floating" not in tensors:  # once for each version
+            for group, values in (("vectors", task.message.vectors), ("scalars", task.message.scalars)):
+                tensors |= {f"message.{task.version}.{group}.{name}": t.clone() for name, t in values.items()}
+            for name, buffer in task.buffers._asdict().items():
+                tensors[f"buffers.{task.version}.{name}"] = buffer.clone()
         for name, values in dict(task.lend(task.ids[rows])).items():
             tensors[f"lent.{number}.{name}"] = values.clone()
     for (client, version), ready in engine.ready.items():
-        if (client, version) in engine.announced:
+        if engine.sent.is_announced((client, version)):
             continue
         tensors |= {f"ready.{client}.{version}.{n}": t for n, t in _answer(ready).items()}
     return tensors, json.dumps({"clock": engine.clock.saved(), "tasks": tasks})
@@ -74,7 +75,7 @@ def load_flight(
     """
     saved = json.loads(text)
     device = engine.place.clients.device
-    moved = {name: tensor.to(device) for name, tensor in tensors.items()}
+    groups = _grouped({name: tensor.to(device) for name, tensor in tensors.items()})
     engine.cancel()
     engine.clock.restore(saved["clock"])
     messages: dict[int, Message] = {}
@@ -82,11 +83,11 @@ def load_flight(
     for number, entry in enumerate(saved["tasks"]):
         version = entry["version"]
         if version not in messages:
-            groups = (_below(moved, f"message.{version}.{group}.") for group in ("vectors", "scalars"))
-            messages[version] = Message(*groups)
-            buffers[version] = Buffers(**_below(moved, f"buffers.{version}."))
+            named = (groups.get(("message", f"{version}", group), {}) for group in ("vectors", "scalars"))
+            messages[version] = Message(*named)
+            buffers[version] = Buffers(**groups["buffers", f"{version}"])
         ids = np.array(entry["ids"], np.int64)
-        lent = _below(moved, f"lent.{number}.")
+        lent = groups.get(("lent", f"{number}"), {})
         task = Task(
             ids,
             version,
@@ -103,11 +104,15 @@ def load_flight(
             np.array(entry["seconds"], np.float64),
             np.array(entry["lost"], bool),
         )
-        engine.sent |= {(client, version): (sent, row) for row, client in enumerate(ids.tolist())}
-    for client, version in {_key(name) for name in moved if name.startswith("ready.")}:
-        engine.ready[client, version] = _ready(_below(moved, f"ready.{client}.{version}."))
-    keys = np.array(list(engine.sent), np.int64).reshape(-1, 2)
-    return keys[:, 0], keys[:, 1], messages
+        engine.sent.add(sent)
+    for (kind, *key), named_rows in groups.items():
+        if kind == "ready":
+            engine.ready[int(key[0]), int(key[1])] = _ready(named_rows)
+    sents = engine.sent.sents
+    nobody = [np.empty(0, np.int64)]
+    ids = np.concatenate([sent.task.ids for sent in sents] or nobody)
+    versions = [np.full(len(sent.task.ids), sent.task.version, np.int64) for sent in sents]
+    return ids, np.concatenate(versions or nobody), messages
 
 
 def _lending(ids: Ids, lent: Mapping[str, Tensor]) -> Any:
@@ -135,7 +140,7 @@ def _answer(ready: Ready) -> Tensors:
 
 
 def _ready(named: Mapping[str, Tensor]) -> Ready:
-    arrays = {name: t.cpu().numpy() for name, t in _below(named, "array.").items()}
+    arrays: dict[str, Any] = {name: t.cpu().numpy() for name, t in _below(named, "array.").items()}
     buffers = _below(named, "buffers.")
     block = UpdateBlock(
         **arrays,
@@ -152,6 +157,15 @@ def _below(tensors: Mapping[str, Tensor], prefix: str) -> Tensors:
     return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
 
 
-def _key(name: str) -> TaskKey:
-    _, client, version, *_ = name.split(".")
-    return int(client), int(version)
+_KEYS = {"message": 3, "buffers": 2, "lent": 2, "ready": 3}
+"""How many words at the beginning of a name say what it belongs to."""
+
+
+def _grouped(tensors: Mapping[str, Tensor]) -> dict[tuple[str, ...], Tensors]:
+    """All tensors by what they belong to, in one pass: there may be thousands of versions."""
+    groups: dict[tuple[str, ...], Tensors] = {}
+    for name, tensor in tensors.items():
+        count = _KEYS[name.partition(".")[0]]
+        *key, rest = name.split(".", count)
+        groups.setdefault(tuple(key), {})[rest] = tensor
+    return groups

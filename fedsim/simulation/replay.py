@@ -16,8 +16,9 @@ from fedsim.config import Config, config_from
 from fedsim.engine import Event
 from fedsim.errors import RunFailed
 from fedsim.journal import Entry, Playback, drawn, entry_of, event_of
-from fedsim.simulation.engine import Sent, SimulatedEngine, TaskKey
+from fedsim.simulation.engine import SimulatedEngine
 from fedsim.simulation.run import Simulation
+from fedsim.simulation.sent import Sent, TaskKey
 from fedsim.types import Ids, Task
 
 JOURNAL = "journal.jsonl"
@@ -66,10 +67,9 @@ class ReplayEngine(SimulatedEngine):
         names: list[str] = entry.payload["tasks"]
         steps = self.place.clients.steps(task, task.ids)
         seconds = np.array([self.seconds.get(name, 0.0) for name in names])
-        sent = Sent(task, steps, seconds, np.zeros(len(names), bool))
-        for row, client in enumerate(task.ids.tolist()):
-            self.sent[client, task.version] = sent, row
-            self.names[client, task.version] = names[row]
+        self.sent.add(Sent(task, steps, seconds, np.zeros(len(names), bool)))
+        for client, name in zip(task.ids.tolist(), names, strict=True):
+            self.names[client, task.version] = name
 
     def set_timer(self, name: str, at: float) -> None:
         """The journal says when timers went off."""
@@ -95,10 +95,11 @@ class ReplayEngine(SimulatedEngine):
         key = entry.payload["client"], entry.payload["version"]
         if self.names.get(key) != entry.payload["task"]:
             return None
+        named = (np.array([part], np.int64) for part in key)
         if entry.kind == "arrived":
-            self.announced.add(key)
-        elif key not in self.announced:
-            self.sent.pop(key, None)
+            self.sent.announce(*named)
+        elif not self.sent.is_announced(key):
+            self.sent.end(*named)
             del self.names[key]
         return event_of(entry)
 

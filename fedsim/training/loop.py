@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from fedsim.keys import Purpose, torch_seed
+from fedsim.keys import Purpose, seed_torch, torch_seed
 from fedsim.local import LocalAlgorithm, Phase, run_local
 from fedsim.training.clients import Schedule
 from fedsim.training.work import (
@@ -40,7 +39,7 @@ class LoopTrainer:
         place, round_index = self.place, int(work.rounds[0])
         state, optimizer_state = pytree.tree_map(lambda leaf: leaf[0], states)
         lent = pytree.tree_map(lambda leaf: leaf[0], client_lent(work.lent, place.spec))
-        torch.manual_seed(torch_seed(place.seed, Purpose.DROPOUT, round_index, int(work.ids[0])))
+        seed_torch(torch_seed(place.seed, Purpose.DROPOUT, round_index, int(work.ids[0])))
         outcome = run_local(
             algorithm,
             client_message(work.message, place.spec),

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedsim.keys import Purpose, bits, generator, normal, stream_keys, torch_seed, uniform
+from fedsim.keys import Purpose, bits, generator, normal, seed_torch, stream_keys, torch_seed, uniform
 
 MASK = (1 << 64) - 1
 GOLDEN = 0x9E3779B97F4A7C15
@@ -155,3 +156,13 @@ def test_generators_and_torch_seeds_are_functions_of_their_names() -> None:
     seeds = {torch_seed(1, Purpose.DROPOUT, w, c) for w in range(20) for c in range(20)}
     assert len(seeds) == 400
     assert all(0 <= s < 2**63 for s in seeds)
+
+
+def test_seeding_torch_draws_the_numbers_of_torchs_own_seeding_and_keeps_no_list_of_calls() -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1 << 62)
+        wanted = torch.rand(5)
+        kept = len(torch.cuda._queued_calls)
+        seed_torch(1 << 62)
+        assert torch.equal(torch.rand(5), wanted)
+    assert len(torch.cuda._queued_calls) == kept

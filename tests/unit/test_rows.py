@@ -217,3 +217,25 @@ def test_held_vectors_are_those_committed_and_zero_for_everybody_else() -> None:
     held = store.held(np.array([3, 0, 1]), "dual", like=like)
     assert held.dtype == torch.float64
     assert held.tolist() == [[3.0, 4.0], [0.0, 0.0], [1.0, 2.0]]
+
+
+@pytest.mark.parametrize("width", [4, 1 << 15], ids=["small rows together", "large rows one by one"])
+def test_rows_of_any_size_come_back_from_many_segments(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rows_module, "SEGMENT_BYTES", 1 << 18)
+    monkeypatch.setattr(rows_module, "_LARGE_ROW", 1 << 16)
+    store, rng = RowStore(40_000), np.random.default_rng(0)
+    ids = rng.choice(40_000, 3 if width > 4 else 30_000, replace=False)
+    values = torch.arange(len(ids) * width, dtype=torch.float32).reshape(len(ids), width)
+    store.stage(ids, {"v": values})
+    store.commit(ids)
+    order = rng.permutation(len(ids))
+    assert torch.equal(store.read(ids[order])["v"], values[torch.from_numpy(order)])
+
+
+def test_of_a_client_that_answers_twice_in_a_window_the_last_row_stays() -> None:
+    store = RowStore(POPULATION)
+    rows = {"v": torch.tensor([[1.0], [2.0], [3.0]])}
+    store.stage(np.array([5, 2, 5]), rows)
+    store.commit(np.array([5, 2, 5]))
+    assert store.read(np.array([2, 5]))["v"].tolist() == [[2.0], [3.0]]
+    assert store.version_of.tolist() == [0, 0, 1, 0, 0, 2]

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import numpy as np
 import torch
 from sklearn.datasets import load_digits
@@ -48,3 +51,12 @@ def test_inputs_reach_the_model_normalised() -> None:
     seen = data.transforms.train(data.train.inputs, torch.zeros(1437, dtype=torch.int64))
     assert abs(float(seen.mean())) < 1e-5
     assert abs(float(seen.std()) - 1) < 1e-3
+
+
+def test_the_digits_are_read_without_importing_scikit_learn() -> None:
+    program = (
+        "import sys, fedsim; d = fedsim.data.load('digits'); print(d.digest, 'sklearn' in sys.modules, "
+        "'pandas' in sys.modules)"
+    )
+    said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert said.stdout.split() == [load("digits").digest, "False", "False"]
