@@ -20,7 +20,7 @@ from fedsim.data.dataset import Dataset
 from fedsim.data.federated import FederatedData
 from fedsim.data.own import from_datasets
 from fedsim.errors import ConfigError, ModelError
-from fedsim.keys import Purpose, torch_seed
+from fedsim.keys import Purpose, seed_torch, torch_seed
 from fedsim.local import LocalSpec
 from fedsim.models import check_model, make_model
 from fedsim.opaque_client import OpaqueClient
@@ -135,7 +135,7 @@ def build_model(config: Config, data: FederatedData, given: Any = None) -> nn.Mo
         # A name is a plugin's and never a place in code, whoever wrote the configuration.
         load("models", config.model.name)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(torch_seed(config.run.seed, Purpose.MODEL, 0))
+        seed_torch(torch_seed(config.run.seed, Purpose.MODEL, 0))
         module = make_model(
             copy.deepcopy(given)  # a module of the user's own is left as it is
             if isinstance(given, nn.Module)
@@ -201,7 +201,7 @@ def torch_device(config: Config) -> torch.device:
     Raises:
         ConfigError: a GPU was asked for and there is none.
     """
-    name = config.engine.device
+    name = config.engine.device.split(",")[0].strip()  # of several, where this process has its tensors
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:

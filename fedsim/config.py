@@ -78,7 +78,7 @@ PLUGIN_TABLES: Mapping[str, PluginTable] = {
         "schedulers", "name", given=("cohort", "population", "quorum", "deadline", "overcommit")
     ),
 }
-OWN_ENGINES = ("auto", "loop", "stacked")
+OWN_ENGINES = ("auto", "fused", "stacked", "flat", "loop")
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,13 +218,6 @@ def _check_engine(config: Config, sources: Mapping[str, str]) -> None:
         )
     if engine.name not in OWN_ENGINES:
         registry.load("engines", engine.name)
-    elif engine.workers > 1:
-        raise ConfigError(
-            f"the engine {engine.name!r} runs in one process",
-            code="FS-CFG-016",
-            where=f"{sources.get('engine.workers', 'default')}: [engine] workers = {engine.workers}",
-            hint="use workers = 1, or an engine plugin that has workers",
-        )
 
 
 def _validated(values: Values, sources: Mapping[str, str]) -> Config:

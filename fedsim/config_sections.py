@@ -191,17 +191,23 @@ class EngineSection(Section):
 
     used_by: ClassVar[str] = "the simulation"
     name: str = "auto"
-    """Engine: auto, loop (one client after the other), stacked (blocks of clients at once), or a plugin."""
-    workers: Annotated[int, Field(ge=1)] = 1
-    """Processes; loop and stacked run in one."""
+    """Engine: auto, fused, stacked, flat, loop (docs/performance.md says what they are), or a plugin."""
+    workers: Annotated[int, Field(ge=1)] | None = None
+    """Processes that train; the default is one for each core, or 1 where a round is short. Any number gives
+    the same results."""
     block: Annotated[int, Field(ge=1)] | None = None
-    """Clients trained at once by the stacked engine; the default is sized to memory."""
+    """Clients trained at once by fused and stacked; the default is sized to the caches."""
     threads: Annotated[int, Field(ge=1)] = 1
-    """Threads of each process inside a tensor operation."""
+    """Threads of this process inside a tensor operation; further processes have one each."""
     device: str = "cpu"
-    """Where tensors live: cpu, cuda, cuda:0, or auto for a GPU where there is one."""
+    """Where tensors live: cpu, cuda, cuda:0, auto for a GPU where there is one, or "cuda:0,cuda:1" for
+    workers on several."""
     dtype: Literal["float32", "float64"] = "float32"
     """Type of the parameters."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Type in which flat computes convolutions (on a GPU products too); bfloat16 keeps float32 weights."""
+    layout: Literal["auto", "contiguous", "channels_last"] = "auto"
+    """How flat lays out the weights of convolutions; auto takes channels_last, which is faster."""
 
 
 class EvaluationSection(Section):

@@ -91,12 +91,14 @@ class Runs(NamedTuple):
 
     Args:
         modes: of schedulers, ``sync`` and ``async``.
+        engines: of the simulation, the fastest first where the model allows it.
         optimizers: local ones that it takes.
         opaque: whether it takes a user's own training function.
         needs: what it must be told of the population.
     """
 
     modes: tuple[str, ...]
+    engines: tuple[str, ...]
     optimizers: tuple[str, ...]
     opaque: bool
     needs: tuple[str, ...]
@@ -152,7 +154,8 @@ def runs(strategy: Strategy) -> Runs:
     # A user's own function neither shows its direction nor says how long its steps were.
     opaque = not traits.client_hooks and not traits.needs_normaliser
     fitting = tuple(name for name in OPTIMIZERS if _takes(strategy, name))
-    return Runs(modes, fitting, opaque, tuple(sorted(traits.needs)))
+    engines = (*(("fused",) if traits.affine else ()), "stacked", "flat", "loop")
+    return Runs(modes, engines, fitting, opaque, tuple(sorted(traits.needs)))
 
 
 def costs(factory: Factory) -> list[Cost]:

@@ -46,6 +46,27 @@ def masked_mean(losses: Tensor, mask: Tensor) -> Tensor:
     return (losses * mask).sum() / torch.clamp(mask.sum(), min=1)
 
 
+class ModelGradient:
+    """The gradient of a model's mini-batch loss, marked so that an engine may compute it in its own way.
+
+    What a user puts in its place (DP-SGD) is another function, and every engine calls that as it is.
+
+    Args:
+        module, per_example: the model and its loss.
+        function: one way to compute the gradient.
+    """
+
+    __slots__ = ("function", "module", "per_example")
+
+    def __init__(self, module: nn.Module, per_example: PerExample, function: GradFn) -> None:
+        self.module = module
+        self.per_example = per_example
+        self.function = function
+
+    def __call__(self, x: Vector, batch: Batch) -> tuple[Vector, Aux]:
+        return self.function(x, batch)
+
+
 def batch_loss(
     module: nn.Module, per_example: PerExample
 ) -> Callable[[Mapping[str, Tensor], Batch], tuple[Tensor, dict[str, Tensor]]]:
@@ -75,7 +96,7 @@ def eager_grad(module: nn.Module, per_example: PerExample) -> GradFn:
             gradients = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
         return Vector(dict(zip(leaves, gradients, strict=True))), Aux(loss.detach(), {}, buffers)
 
-    return grad_fn
+    return ModelGradient(module, per_example, grad_fn)
 
 
 def model_grad(module: nn.Module, per_example: PerExample) -> GradFn:
@@ -86,4 +107,4 @@ def model_grad(module: nn.Module, per_example: PerExample) -> GradFn:
         gradients, (loss, buffers) = differentiate(x.tensors, batch)
         return Vector(gradients), Aux(loss, {}, buffers)
 
-    return grad_fn
+    return ModelGradient(module, per_example, grad_fn)

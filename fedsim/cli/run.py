@@ -31,7 +31,7 @@ def run(
     preset: Preset = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the run.")] = None,
     engine: Annotated[
-        str | None, typer.Option(help="auto, loop, stacked or a plugin; server for real clients.")
+        str | None, typer.Option(help="auto, fused, stacked, flat, loop; server for real clients.")
     ] = None,
     connect: Annotated[
         str | None, typer.Option(help="Coordinator of --engine server: a name or HOST:PORT.")
@@ -44,6 +44,7 @@ def run(
         str | None, typer.Option(help="The same key and configuration is the same run.")
     ] = None,
     detach: Annotated[bool, typer.Option("--detach", help="Return once the run is submitted.")] = False,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes that train.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:0 or auto.")] = None,
     name: Annotated[str | None, typer.Option(help="Name of the run.")] = None,
     baseline: Annotated[
@@ -66,6 +67,7 @@ def run(
         "run.seed": ("--seed", seed),
         "run.name": ("--name", name),
         "engine.name": ("--engine", None if engine == SERVER else engine),
+        "engine.workers": ("--workers", workers),
         "engine.device": ("--device", device),
     }
     loaded = load(config, preset=preset, sets=sets, flags=flags)
@@ -286,16 +288,16 @@ def tune(
     """Measure the engines on this machine and write a recommendation."""
     import tomli_w
 
+    from fedsim.simulation.choose import cores
     from fedsim.simulation.tune import measure
     from fedsim.storage import write_atomically
 
     settings = settings_of(context)
     loaded = load(config, preset=preset, sets=sets)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    found = measure(loaded.config, rounds=rounds, cores=cores)
+    found = measure(loaded.config, rounds=rounds, cores=cores())
     best = found[0]
-    engine: dict[str, Any] = {"name": best.engine, "threads": best.threads}
-    if best.engine == "stacked":
+    engine: dict[str, Any] = {"name": best.engine, "workers": best.workers, "threads": best.threads}
+    if best.engine in ("fused", "stacked"):
         engine["block"] = best.block
     path = out or Path("fedsim.tuned.toml")
     table: dict[str, Any] = {"engine": engine}
@@ -306,13 +308,16 @@ def tune(
         [
             m.engine,
             m.block,
+            m.workers,
             m.threads,
             m.refused or f"{m.median:.3f}",
             "" if m.refused else f"{m.least:.3f} – {m.most:.3f}",
         ]
         for m in found
     ]
-    lines = output.columns(["engine", "block", "threads", "s/round", "range"], rows, right=(1, 2))
+    lines = output.columns(
+        ["engine", "block", "workers", "threads", "s/round", "range"], rows, right=(1, 2, 3)
+    )
     chosen = " ".join(f"{key}={value}" for key, value in engine.items())
     use = f"fedsim run {path}" + (f" --preset {preset}" if preset else "")
     lines += ["", f"recommended: {chosen}, written to {path}", f"Next: {use}"]

@@ -43,7 +43,7 @@ def abilities(factory: Factory, name: str, *, size: int | None) -> list[str]:
     facts = told.runs(strategy)
     entries: dict[str, object] = {
         "schedulers": ", ".join(facts.schedulers),
-        "engines": "loop, stacked",
+        "engines": ", ".join(facts.engines),
         "opaque training functions": "yes" if facts.opaque else "no",
         "local optimisers": ", ".join(facts.optimizers) or "none under the default [client] table",
         "must be told": "; ".join(told.NEEDS[need] for need in facts.needs) or "nothing",
@@ -87,7 +87,7 @@ def data(factory: Factory, name: str, *, size: int | None) -> dict[str, Any]:
     found["traits"] = {
         "modes": list(facts.modes),
         "schedulers": list(facts.schedulers),
-        "engines": ["loop", "stacked"],
+        "engines": list(facts.engines),
         "opaque": facts.opaque,
         "optimizers": list(facts.optimizers),
         "needs": list(facts.needs),

@@ -1,41 +1,62 @@
-"""Which engine runs a configuration: a static rule, never a timing.
+"""Which engine runs a configuration, and in how many processes: a static rule, never a timing.
 
-The rule looks at the model's size, at whether `torch.func.vmap` takes its gradient, and at the
-cohort. The choice and its reason are written into the resolved configuration.
+The rule looks at the model, at the local algorithm and at the cohort. The choice and its reason are
+written into the resolved configuration. The number of processes depends on the machine, but changes no
+number: blocks are planned, and folded in the order of the plan, without it.
 """
 
 from __future__ import annotations
 
+import os
 from typing import NamedTuple
 
 import numpy as np
 
+from fedsim.config import OWN_ENGINES
+from fedsim.config_sections import EngineSection
 from fedsim.errors import ConfigError, ModelError
-from fedsim.local import LocalSpec
+from fedsim.grads import ModelGradient
+from fedsim.local import LocalAlgorithm, LocalSpec
 from fedsim.models import has_batchnorm, stackable
+from fedsim.simulation.fused import fused_block
+from fedsim.simulation.fused_fit import why_not_fused
+from fedsim.simulation.pool_process import why_no_fork
 from fedsim.training.work import Workplace
 from fedsim.types import Ids
 
-# Above this a stack of parameters no longer pays on a CPU: the products are then large enough by
-# themselves and the stack leaves the cache (docs/architecture.md, Engines).
+# Above these sizes of a model a stack of them leaves the cache, and one client at a time is faster on a
+# CPU (docs/performance.md). A fused update touches the parameters half as often, and pays for longer.
 STACKED_PARAMETER_BYTES = 64 << 10
+FUSED_PARAMETER_BYTES = 4 << 20
 STACKED_PARAMETER_BYTES_GPU = 8 << 20
-# Parameters of one block: stays near the last-level cache.
+# Parameters of one block under vmap: stays near the last-level cache.
 BLOCK_BYTES = 8 << 20
 LARGEST_BLOCK = 1024
+# A round with less work is over before other processes have heard of it. One parameter counts as one
+# multiply-add for an example and a pass; convolutions, which use theirs more often, only do more.
+POOL_MULTIPLY_ADDS = 300_000_000
+# Into so many blocks such a round is cut at least, on any machine, so that processes have something to share.
+LEAST_BLOCKS = 8
 
 
 class Choice(NamedTuple):
-    """An engine, its block size, and the reason in words."""
+    """An engine, its block size, how many processes train, and the reason in words."""
 
     name: str
     block: int
+    workers: int
     reason: str
 
 
-def block_size(place: Workplace, spec: LocalSpec, cohort: int, sizes: Ids) -> int:
-    """C: as many clients as keep the stacked parameters and one stacked batch within bounds."""
+def cores() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def block_size(place: Workplace, spec: LocalSpec, cohort: int) -> int:
+    """C under vmap: as many clients as keep the stacked parameters and one stacked batch within bounds."""
     parameters = place.spec.size * place.spec.dtype.itemsize
+    sizes = place.clients.data.sizes
     rows = int(sizes.max(initial=1)) if spec.batch_size == 0 else spec.batch_size
     example = place.clients.data.dataset.train.inputs[0].numel() * place.spec.dtype.itemsize
     by_parameters = BLOCK_BYTES // max(1, parameters)
@@ -60,57 +81,107 @@ def why_not_stacked(place: Workplace, spec: LocalSpec, sizes: Ids) -> str | None
 
 
 def choose(
-    asked: str,
+    asked: EngineSection,
     place: Workplace,
     *,
     spec: LocalSpec,
+    algorithm: LocalAlgorithm | None,
     cohort: int,
-    block: int | None,
-    opaque: bool,
 ) -> Choice:
     """The engine for this run.
 
+    Args:
+        asked: the ``[engine]`` table.
+        algorithm: the client half of the strategy under `spec`; None for an opaque training function.
+        cohort: clients of a round.
+
     Raises:
-        ModelError: ``stacked`` was asked for and cannot be.
+        ModelError: the engine that was asked for cannot run this.
     """
-    if asked not in ("auto", "loop", "stacked"):
+    if asked.name not in OWN_ENGINES:
         raise ConfigError(
-            f"no engine is called {asked!r}",
+            f"no engine is called {asked.name!r}",
             code="FS-CFG-076",
             where="[engine] name",
-            why="known: auto, loop, stacked",
+            why=f"known: {', '.join(OWN_ENGINES)}",
             hint="use auto",
         )
-    if opaque:
-        if asked == "stacked":
-            raise _refused("an opaque training function runs one client at a time")
-        return Choice("loop", 1, "an opaque training function runs one client at a time")
-    if asked == "loop":
-        return Choice("loop", 1, "asked for")
-    gpu = place.clients.device.type == "cuda"
-    limit = STACKED_PARAMETER_BYTES_GPU if gpu else STACKED_PARAMETER_BYTES
-    parameters = place.spec.size * place.spec.dtype.itemsize
-    sizes_rule = f"{parameters} bytes of parameters, stacking pays up to {limit}"
-    if asked == "auto" and parameters > limit:
-        return Choice("loop", 1, sizes_rule)
-    if asked == "auto" and cohort == 1:
-        return Choice("loop", 1, "one client a round")
+    name, reason = _named(asked.name, place, spec, algorithm, cohort)
+    if asked.precision != "float32" and name != "flat":
+        if asked.name != "auto":
+            raise _refused(asked.name, f"flat alone computes in {asked.precision}")
+        name, reason = "flat", f"{asked.precision} was asked for"
+    long = _multiply_adds(place, spec, cohort) >= POOL_MULTIPLY_ADDS
+    block = 1
+    if name in ("fused", "stacked"):
+        sized = fused_block(place, spec, cohort) if name == "fused" else block_size(place, spec, cohort)
+        block = asked.block or (min(sized, -(-cohort // LEAST_BLOCKS)) if long else sized)
+    workers = 1
+    if long and place.clients.device.type == "cpu" and why_no_fork(None) is None:
+        workers = min(cores(), -(-cohort // block))
+    return Choice(name, block, asked.workers or workers, reason)
+
+
+def _named(
+    asked: str, place: Workplace, spec: LocalSpec, algorithm: LocalAlgorithm | None, cohort: int
+) -> tuple[str, str]:
+    """The engine and the reason."""
+    if algorithm is None:
+        reason = "an opaque training function runs one client at a time"
+        if asked not in ("auto", "loop"):
+            raise _refused(asked, reason)
+        return "loop", reason
+    if asked in ("loop", "flat"):
+        return asked, "asked for"
+    plain = isinstance(place.grad_fn, ModelGradient)
+    if asked == "fused":
+        blocker = why_not_fused(place, spec, algorithm, plain=plain)
+        if blocker is not None:
+            raise _refused(asked, blocker)
+        return asked, "asked for"
     sizes = place.clients.data.sizes
-    blocker = why_not_stacked(place, spec, sizes)
-    if blocker is not None and asked == "stacked":
-        raise _refused(blocker)
-    if blocker is not None:
-        return Choice("loop", 1, blocker)
-    size = block or block_size(place, spec, cohort, sizes)
-    return Choice("stacked", size, sizes_rule if asked == "auto" else "asked for")
+    if asked == "stacked":
+        blocker = why_not_stacked(place, spec, sizes)
+        if blocker is not None:
+            raise _refused(asked, blocker)
+        return asked, "asked for"
+    if cohort == 1:
+        return "flat", "one client a round"
+    gpu = place.clients.device.type == "cuda"
+    parameters = place.spec.size * place.spec.dtype.itemsize
+    said = f"{parameters} bytes of parameters"
+    if parameters <= FUSED_PARAMETER_BYTES:
+        unfused = why_not_fused(place, spec, algorithm, plain=plain)
+        if unfused is None:
+            return "fused", f"linear layers under SGD, {said}; fusing pays up to {FUSED_PARAMETER_BYTES}"
+    else:
+        unfused = f"{said}, fusing pays up to {FUSED_PARAMETER_BYTES}"
+    limit = STACKED_PARAMETER_BYTES_GPU if gpu else STACKED_PARAMETER_BYTES
+    if parameters > limit:
+        return "flat", f"not fused: {unfused}; not stacked: {said}, stacking pays up to {limit}"
+    unstacked = why_not_stacked(place, spec, sizes)
+    if unstacked is not None:
+        return "flat", f"not fused: {unfused}; not stacked: {unstacked}"
+    return "stacked", f"not fused: {unfused}; {said}, stacking pays up to {limit}"
 
 
-def _refused(why: str) -> ModelError:
+def _multiply_adds(place: Workplace, spec: LocalSpec, cohort: int) -> float:
+    """Of a forward pass of all that the clients of a round do, roughly."""
+    sizes = place.clients.data.sizes
+    if not spec.steps:
+        return float(cohort * sizes.mean() * spec.epochs * place.spec.size)
+    rows = np.minimum(sizes, spec.batch_size) if spec.batch_size else sizes
+    return float(cohort * rows.mean() * spec.steps * place.spec.size)
+
+
+def _refused(asked: str, why: str) -> ModelError:
+    hint = "use engine 'auto', or 'flat', which runs everything"
+    if "batch normalisation" in why:
+        hint += "; or a batch_size that divides every client's examples, or a model with GroupNorm"
     return ModelError(
-        "this run cannot use the stacked engine",
+        f"this run cannot use the {asked} engine",
         code="FS-MOD-033",
-        where="[engine] name = 'stacked'",
+        where=f"[engine] name = {asked!r}",
         why=why,
-        hint="use engine 'loop' or 'auto'; for BatchNorm choose a batch_size that divides every "
-        "client's examples, or a model with GroupNorm",
+        hint=hint,
     )

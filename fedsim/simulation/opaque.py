@@ -10,7 +10,7 @@ import torch
 
 from fedsim.buffers import Buffers
 from fedsim.flat import flat_buffers, flat_of, write_flat
-from fedsim.keys import Purpose, torch_seed
+from fedsim.keys import Purpose, seed_torch, torch_seed
 from fedsim.local import LocalAlgorithm
 from fedsim.opaque_client import LocalData, LocalTask, OpaqueClient, Result
 from fedsim.training.work import ClientFailed, Trained, Work, Workplace, buffer_dict
@@ -42,7 +42,7 @@ class OpaqueTrainer:
         positions = np.arange(int(place.clients.sizes(ids)[0]))[None, :]
         inputs, targets = place.clients.gather(ids, positions, None, train=False)
         seed = torch_seed(place.seed, Purpose.BATCH, round_index, client)
-        torch.manual_seed(torch_seed(place.seed, Purpose.DROPOUT, round_index, client))
+        seed_torch(torch_seed(place.seed, Purpose.DROPOUT, round_index, client))
         try:
             with torch.enable_grad():
                 result = self.client.train(
@@ -74,6 +74,7 @@ class OpaqueTrainer:
 
     def _reset(self, x: torch.Tensor, buffers: Buffers) -> None:
         write_flat(self.scratch, self.place.spec, x)
+        self.scratch.zero_grad(set_to_none=True)  # of the client before, where its function left some
         named = dict(self.scratch.named_buffers())
         for name, value in buffer_dict(self.place, buffers).items():
             named[name].copy_(value)

@@ -28,18 +28,16 @@ from fedsim.sampling import Free
 from fedsim.simulation.choose import choose
 from fedsim.simulation.clock import VirtualClock
 from fedsim.simulation.engine import SimulatedEngine
-from fedsim.simulation.opaque import OpaqueTrainer
 from fedsim.simulation.participation import (
     build_availability,
     build_devices,
     build_membership,
     population_of,
 )
-from fedsim.simulation.stacked import StackedTrainer
+from fedsim.simulation.trainers import make_crew, make_training
 from fedsim.strategy import Strategy
-from fedsim.training.loop import LoopTrainer
-from fedsim.training.place import eager, start_buffers, workplace
-from fedsim.training.work import Trainer, client_message
+from fedsim.training.place import start_buffers, workplace
+from fedsim.training.work import client_message
 from fedsim.transform import Observer, UpdateTransform
 from fedsim.types import Bools, Ids
 
@@ -117,32 +115,25 @@ class Simulation(FederatedRun):
         self.spec = self.place.spec
         build.check_local(self.config, self.strategy, self.place.grad_fn, opaque=opaque is not None)
         start = start_buffers(self.place)
+        self.grad_fn = self.place.grad_fn
         choice = choose(
-            self.config.engine.name,
+            self.config.engine,
             self.place,
             spec=self.config.client,
+            algorithm=None if opaque is not None else self.algorithm(self.config.client),
             cohort=self.cohort,
-            block=self.config.engine.block,
-            opaque=opaque is not None,
         )
-        if choice.name == "loop" and grad_fn is None:
-            self.place = eager(self.place)
+        self.place, trainer = make_training(choice, self.place, self.config.engine, opaque)
         self.grad_fn = self.place.grad_fn
         self.engine_reason = choice.reason
-        self.config = config_from(self.config, {"engine": {"name": choice.name, "block": choice.block}})
+        chosen = {"name": choice.name, "block": choice.block, "workers": choice.workers}
+        self.config = config_from(self.config, {"engine": chosen})
         self.states = RowStore(self.data.clients, _below(state_folder, "clients"))
         self.rows = RowStore(self.data.clients, _below(state_folder, "server"))
         self._availability = build_availability(self.config, self.data)
         self._membership = build_membership(self.config, self.data)
         devices = build_devices(self.config, self.data)
         self._sampler = build.build_sampler(self.config)
-        trainer: Trainer
-        if opaque is not None:
-            trainer = OpaqueTrainer(self.place, opaque)
-        elif choice.name == "stacked":
-            trainer = StackedTrainer(self.place, choice.block)
-        else:
-            trainer = LoopTrainer(self.place)
         self.engine = SimulatedEngine(
             self.place,
             trainer,
@@ -151,6 +142,7 @@ class Simulation(FederatedRun):
             store=self.states,
             transform=transform,
             one_by_one=self.scheduler.mode == "async",
+            crew=make_crew(choice, self.config, self.python_objects),
         )
         population = population_of(
             self.config,
@@ -225,24 +217,11 @@ class Simulation(FederatedRun):
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What the manifest says of this run."""
-        dataset, traits = self.data.dataset, self.strategy.traits
-        return {
-            "model_parameters": self.spec.size,
-            "model_digest": self.spec.digest,
-            "clients": self.data.clients,
-            "train_examples": int(self.data.sizes.sum()),
-            "test_examples": 0 if dataset.test is None else len(dataset.test),
-            "task": dataset.task,
-            "classes": dataset.classes,
-            "data_digest": self.data.digest,
-            "partition": self.data.description,
+        return super().facts | {
             "engine": self.config.engine.name,
             "engine_reason": self.engine_reason,
             "block": self.config.engine.block,
-            "down_factor": traits.down_factor,
-            "up_factor": traits.up_factor,
-            "metrics": list(self.evaluator.names),
+            "workers": self.config.engine.workers,
             "python_objects": self.python_objects,
         }
 

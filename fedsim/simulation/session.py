@@ -96,6 +96,7 @@ def execute(
             folder.finish(outcome.summary)
             _draw(sim, folder)
         finally:
+            sim.engine.crew.close()
             fedsim_log.removeHandler(handler)
             handler.close()
     return outcome
@@ -119,7 +120,7 @@ def _rounds(
             if sim.config.output.clients and sim.last_clients is not None:
                 folder.append_clients(sim.last_clients)
             if progress.improved(record, sim.evaluator.names):
-                folder.save_model(sim.model_tensors(), "best")
+                folder.save_model(sim.model_tensors(copy=False), "best")
             log.info(line_of(record))
             on_record(record)
             done = record["round"]
@@ -134,14 +135,14 @@ def _rounds(
             if outcome != "ok":
                 break
             if every and done and done % every == 0 and not sim.finished:
-                folder.save_model(sim.model_tensors(), f"round-{done:05d}")
+                folder.save_model(sim.model_tensors(copy=False), f"round-{done:05d}")
                 _checkpoint(sim, folder, progress, done)
     except RunFailed as failure:
         outcome, error = "failed", failure
     done = sim.federation.state.round_index
     if outcome == "ok" and done and (nothing := _nothing_counted(sim, done)):
         outcome, error = "failed", nothing
-    folder.save_model(sim.model_tensors(), "final")
+    folder.save_model(sim.model_tensors(copy=False), "final")
     _checkpoint(sim, folder, progress, done)
     seconds = time.perf_counter() - began
     return Outcome(outcome, done, progress.final, progress.best, seconds, error)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.func import vmap
 from torch.utils import _pytree as pytree
 
-from fedsim.keys import Purpose, torch_seed
+from fedsim.keys import Purpose, seed_torch, torch_seed
 from fedsim.local import LocalAlgorithm, LocalSpec, Phase, propose, trained
 from fedsim.optimizers import make_optimizer
 from fedsim.training.clients import Schedule
@@ -56,7 +56,7 @@ class StackedTrainer:
         place, ids = self.place, work.ids
         clients = len(ids)
         device = place.clients.device
-        torch.manual_seed(torch_seed(place.seed, Purpose.DROPOUT, int(work.rounds[0]), int(ids[0])))
+        seed_torch(torch_seed(place.seed, Purpose.DROPOUT, int(work.rounds[0]), int(ids[0])))
         message = client_message(work.message, place.spec)
         # One message serves all as it is; where each client has its own it is stacked like the rest.
         own, shared = (message, ()) if work.mixed else ((), message)

@@ -155,3 +155,31 @@ class ClientData:
         if inputs.is_floating_point():
             inputs = inputs.to(self.dtype)
         return inputs, targets
+
+    def anything(self) -> Tensor:
+        """[2, ...] inputs of the shape and type that batches have, for trying what a model takes."""
+        stored = self.inputs.new_zeros((2, *self.data.dataset.input_shape))
+        inputs = self.data.dataset.transforms.evaluate(stored)
+        return inputs.to(self.dtype) if inputs.is_floating_point() else inputs
+
+    def gather_flat(
+        self, ids: Ids, positions: Ids, keys: np.ndarray | None, order: Ids | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Training inputs and targets [R, ...], row r at ``positions[r]`` of client ``ids[r]``.
+
+        The same numbers as `gather`, for rows of any clients in any order.
+
+        Args:
+            order: rows of the inputs alone, in another order than the targets; None for all as they are.
+        """
+        data = self.data
+        index = torch.from_numpy(data.index[data.offsets[ids] + np.maximum(positions, 0)]).to(self.device)
+        targets = self.targets.index_select(0, index)
+        words = np.zeros(len(ids), np.int64) if keys is None else keys
+        if order is not None:
+            index, words = index[torch.from_numpy(order).to(self.device)], words[order]
+        inputs = self.inputs.index_select(0, index)
+        inputs = data.dataset.transforms.train(inputs, torch.from_numpy(words).to(self.device))
+        if inputs.is_floating_point():
+            inputs = inputs.to(self.dtype)
+        return inputs, targets

@@ -240,7 +240,7 @@ def test_an_unknown_key_or_table_is_refused(tmp_path: Path, text: str, what: str
         ('[strategy]\nserver_lr = "fast"\n', "FS-CFG-005", "expected a number"),
         ("round = 3\n", "FS-CFG-005", "round = 3"),
         ('[model]\nname = "mlp"\ntarget = "a:B"\n', "FS-CFG-006", "not by both"),
-        ("[engine]\nworkers = 2\n", "FS-CFG-016", None),
+        ("[engine]\nworkers = 0\n", "FS-CFG-006", "greater than or equal to 1"),
         ("[data.partition]\nkind = 'quantity_skew'\n", "FS-CFG-007", "no default"),
     ],
 )

@@ -16,7 +16,7 @@ def test_the_page_of_a_strategy_in_the_terminal_has_every_part(fedsim: Program) 
         "Symbols: w the broadcast model",
         "alpha      float                0.1 ",
         "schedulers                 sync\n",
-        "engines                    loop, stacked\n",
+        "engines                    fused, stacked, flat, loop\n",
         "opaque training functions  no\n",
         "local optimisers           sgd, adam, adamw\n",
         "reduces to                 no parameters make it fedavg",

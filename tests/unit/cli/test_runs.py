@@ -44,7 +44,7 @@ def test_the_folder_holds_what_the_shown_configuration_says(
 ) -> None:
     shown, _ = fedsim.ended("config", "show", *SMALL, "--set", "run.name=first", "--set", "run.seed=3")
     written, wanted = tomllib.loads((finished / "config.toml").read_text()), tomllib.loads(shown)
-    assert written.pop("engine")["name"] in ("loop", "stacked")
+    assert written.pop("engine")["name"] == "fused"
     assert wanted.pop("engine")["name"] == "auto"
     assert written == wanted
     for name in ("manifest.json", "clients.jsonl", "rounds.csv", "log.txt", "report.html"):
@@ -188,3 +188,4 @@ def test_tune_recommends_an_engine_that_a_run_takes(fedsim: Program, tmp_path: P
     out, _ = fedsim.ended("config", "show", "tuned.toml", "--format", "json")
     shown = document(out)["data"]["config"]
     assert (shown["engine"]["name"], shown["round"]["sample"]) == (recommended["name"], 2)
+    assert shown["engine"]["workers"] == recommended["workers"]

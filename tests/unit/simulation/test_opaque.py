@@ -202,6 +202,19 @@ def test_random_layers_repeat_for_each_client_and_round() -> None:
     assert torch.equal(models[0], models[1])
 
 
+def test_gradients_that_a_function_leaves_behind_do_not_reach_the_next_client() -> None:
+    found: list[bool] = []
+
+    def leaving(model: nn.Module, data: LocalData, task: LocalTask) -> Result:
+        found.append(any(p.grad is not None for p in model.parameters()))
+        nn.functional.cross_entropy(model(data.inputs), data.targets).backward()
+        return Result(model)
+
+    with_client(leaving).federation.run_window()
+    assert len(found) > 1
+    assert not any(found)
+
+
 @pytest.mark.parametrize("strategy", ["scaffold", "fednova", "afa_cd"])
 def test_a_strategy_that_has_to_know_the_local_steps_takes_no_opaque_function(strategy: str) -> None:
     with pytest.raises(ConfigError) as caught:

@@ -1,0 +1,298 @@
+"""The fused engine: C clients at once, forward and backward by hand, updates within the backward.
+
+For stacks of linear layers under plain SGD with additive terms. A layer's update is one product
+that adds to its weights, `W <- β W - η dzᵀ x`, so no gradient is ever written or read again, and the
+memory that a step touches is halved. Clients are sorted by their number of local steps, so that at
+every step the ones that still work are a prefix.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from fedsim.errors import ModelError
+from fedsim.local import LocalAlgorithm, LocalSpec, from_broadcast, report_delta
+from fedsim.simulation.fused_data import StepData, steps_of
+from fedsim.simulation.fused_first import Eager, First, Lazy
+from fedsim.simulation.fused_fit import layers_for, unfit
+from fedsim.simulation.fused_layers import Layers
+from fedsim.simulation.fused_losses import LOSSES
+from fedsim.simulation.fused_stacks import Moving, MovingLayer, Scratch
+from fedsim.simulation.fused_task import AffineTask
+from fedsim.training.clients import Schedule
+from fedsim.training.work import Trained, Work, Workplace, by_size, client_lent, client_message
+from fedsim.types import Floats, Ids
+from fedsim.vector import Vector
+
+# From this size on a layer's weights live in the rows [C, D] that are reported: a product into
+# strided memory costs a little more for each client, and what is saved is one pass over all weights.
+_IN_ROWS_BYTES = 256 << 10
+# Rows of a client between two updates of a large first layer: with more of them the products with its
+# weights are faster, and the table of the inputs' products grows.
+_WINDOW_ROWS = 64
+# Parameters of one block: half of a last-level cache of 32 MB and less, and on two processes still
+# several blocks each.
+_BLOCK_BYTES = 12 << 20
+
+
+class FusedTrainer:
+    """Blocks of `block` clients.
+
+    Args:
+        place: what the clients share.
+        block: C, most clients in a block.
+
+    Raises:
+        ModelError: the model is not made of linear layers and pointwise activations.
+    """
+
+    name = "fused"
+
+    def __init__(self, place: Workplace, block: int) -> None:
+        self.place = place
+        self.block = block
+        layers = layers_for(place)
+        if isinstance(layers, str):
+            raise _refused(layers)
+        self.layers: Layers = layers
+        self.loss = LOSSES[place.clients.data.dataset.task]
+        self.scratch = Scratch(place.spec.dtype, place.clients.device)
+
+    def plan(self, steps: Ids) -> list[Ids]:
+        return by_size(steps, self.block)
+
+    def train(self, work: Work, algorithm: LocalAlgorithm, states: Any) -> Trained:
+        reason = unfit(work.spec, algorithm, self.place.grad_fn)
+        if reason is not None:
+            raise _refused(reason)
+        order = np.argsort(-work.steps, kind="stable")
+        if (order == np.arange(len(order))).all():
+            return self._train(work, algorithm, states)
+        sorted_work, sorted_states = _permuted(work, states, order)
+        trained = self._train(sorted_work, algorithm, sorted_states)
+        return _restored(trained, np.argsort(order, kind="stable"))
+
+    def _train(self, work: Work, algorithm: LocalAlgorithm, states: Any) -> Trained:
+        """Clients sorted by steps, most first."""
+        place, spec, clients = self.place, self.place.spec, len(work.ids)
+        message = client_message(work.message, spec)
+        lent = client_lent(work.lent, spec)
+        state, optimizer_state = states
+        task = AffineTask(algorithm, message, lent, state, work.mixed, clients, place.clients.device)
+        schedule = Schedule(
+            place.clients,
+            work.ids,
+            work.rounds,
+            work.steps,
+            phases=algorithm.phases,
+            number=0,
+            spec=work.spec,
+        )
+        rate = float(schedule.lr)
+        motion = task.motion(rate, work.spec.weight_decay)
+        stays = algorithm.init is from_broadcast and not work.mixed
+        reports_delta = stays and algorithm.finish is report_delta
+        leap = reports_delta and len(schedule) <= 1
+        carry: Any = ()
+        if stays:
+            start: Vector | None = message.x
+            rows, values = self._room(clients, in_rows=reports_delta)
+        else:
+            start, rows = None, None
+            x, carry = task.start()
+            values = {name: _own(t) for name, t in x.tensors.items()}
+        moving = {
+            name: Moving(
+                name, values[name], None if start is None else start.tensors[name], motion, leap=leap
+            )
+            for name in spec.names
+        }
+        losses, seen = self._run(schedule, rate, moving, leaps=reports_delta)
+        active = int((work.steps > 0).sum())
+        for parameter in moving.values():
+            parameter.settle(active)
+        normaliser = _lengths(schedule.lr, work.steps)
+        if rows is not None:
+            assert start is not None
+            vectors = {"delta": self._report(rows, moving, start)}
+            scalars: dict[str, Tensor] = {}
+            metrics: dict[str, Floats] = {}
+        else:
+            length = torch.from_numpy(normaliser).to(place.clients.device)
+            result, state, found = task.finish(Vector(values), carry, length)
+            vectors = {name: spec.flatten(v, stacked=True) for name, v in result.vectors.items()}
+            scalars = {name: v.double() for name, v in result.scalars.items()}
+            metrics = {name: v.double().cpu().numpy() for name, v in found.items()}
+        return Trained(
+            vectors,
+            scalars,
+            pytree.tree_map(lambda leaf: leaf.detach(), (state, optimizer_state)),
+            normaliser.astype(np.float64),
+            {"loss": losses / np.maximum(seen, 1), **metrics},
+            None,
+            None,
+            np.asarray(work.steps, np.int64).copy(),
+        )
+
+    def _room(self, clients: int, *, in_rows: bool) -> tuple[Tensor | None, dict[str, Tensor]]:
+        """Memory for the rows that are reported and for each parameter's stack, which may lie in them."""
+        spec, device = self.place.spec, self.place.clients.device
+        rows = torch.empty((clients, spec.size), dtype=spec.dtype, device=device) if in_rows else None
+        values: dict[str, Tensor] = {}
+        for (name, part), shape in zip(spec.slices().items(), spec.shapes, strict=True):
+            size = part.stop - part.start
+            if rows is not None and size * spec.dtype.itemsize >= _IN_ROWS_BYTES:
+                values[name] = rows[:, part].view(clients, *shape)
+            elif rows is not None:
+                values[name] = self.scratch.take(f"stack {name}", clients, *shape)
+            else:
+                values[name] = torch.empty((clients, *shape), dtype=spec.dtype, device=device)
+        return rows, values
+
+    def _report(self, rows: Tensor, moving: dict[str, Moving], start: Vector) -> Tensor:
+        """Local minus broadcast as [C, D]."""
+        for (name, part), shape in zip(self.place.spec.slices().items(), self.place.spec.shapes, strict=True):
+            out = rows[:, part].view(len(rows), *shape)
+            stack = moving[name]
+            moved = stack.leaps_from
+            torch.sub(stack.values[:moved], start.tensors[name], out=out[:moved])
+            if out.data_ptr() != stack.values.data_ptr():
+                out[moved:].copy_(stack.values[moved:])
+        return rows
+
+    def _run(
+        self, schedule: Schedule, rate: float, moving: dict[str, Moving], *, leaps: bool
+    ) -> tuple[Floats, Floats]:
+        """All steps; [C] sums of the losses over examples, and of examples."""
+        layers = [
+            MovingLayer(dense, moving[dense.weight], moving[dense.bias] if dense.bias else None, self.scratch)
+            for dense in self.layers.dense
+        ]
+        clients = len(schedule.ids)
+        losses, seen = np.zeros(clients), np.zeros(clients)
+        window = self._window(schedule)
+        first: First = Lazy(layers[0], self.scratch, leaps=leaps) if window else Eager(layers[0])
+        for data in steps_of(schedule, rate, self.layers.before, window=window):
+            loss = self.loss(data.targets, data.weights, self.layers.dense[-1].outputs)
+            first.open(data)
+            self._steps(data, first, layers, loss)
+            first.close()
+            real = data.positions >= 0
+            of_rows = loss.losses().double().cpu().numpy()
+            losses += np.bincount(data.owners[real], of_rows[real], minlength=clients)
+            seen += np.bincount(data.owners[real], minlength=clients)
+        return losses, seen
+
+    def _window(self, schedule: Schedule) -> int:
+        """Rows of a client for which the first layer waits with its update, 0 where it does not pay."""
+        size = self.layers.dense[0].inputs * self.layers.dense[0].outputs * self.place.spec.dtype.itemsize
+        if self.place.clients.device.type != "cpu" or size < _IN_ROWS_BYTES or len(schedule) < 2:
+            return 0
+        return _WINDOW_ROWS if 2 * schedule.positions.shape[2] <= _WINDOW_ROWS else 0
+
+    def _steps(self, data: StepData, first: First, layers: list[MovingLayer], loss: Any) -> None:
+        scratch = self.scratch
+        row = 0
+        for step, (clients, width) in enumerate(data.shapes):
+            x = first.forward(step)
+            inputs: list[Tensor] = []
+            kept: list[list[Tensor]] = []
+            for depth, layer in enumerate(layers):
+                inputs.append(x)
+                if depth:
+                    x = layer.forward(x)
+                tape: list[Tensor] = []
+                for number, activation in enumerate(layer.layer.activations):
+                    if activation.from_output and number == 0:
+                        x = activation.forward(x, x)
+                        tape.append(x)
+                        continue
+                    out = scratch.take(f"a{number} {layer.layer.weight}", *x.shape)
+                    activation.forward(x, out)
+                    tape.append(out if activation.from_output else x)
+                    x = out
+                kept.append(tape)
+            g = loss.passed_back(x, row)
+            for number in range(len(layers) - 1, -1, -1):
+                layer = layers[number]
+                for activation, t in zip(
+                    reversed(layer.layer.activations), reversed(kept[number]), strict=True
+                ):
+                    activation.backward(g, t, g)
+                if number:
+                    before = layer.backward(g)
+                    layer.update(inputs[number], g)
+                    g = before
+            first.update(step, g)
+            row += clients * width
+
+
+def fused_block(place: Workplace, spec: LocalSpec, cohort: int) -> int:
+    """C: as many clients as keep the stacked parameters and their data near the last-level cache."""
+    parameters = place.spec.size * place.spec.dtype.itemsize
+    most = 64 << 20 if place.clients.device.type == "cuda" else _BLOCK_BYTES
+    return int(np.clip(most // max(1, parameters), 1, max(1, min(cohort, 1024))))
+
+
+def _lengths(lr: Tensor, steps: Ids) -> Floats:
+    """[C] sums of the steps' lengths, added one by one as the other drivers do."""
+    dtype = np.float64 if lr.dtype == torch.float64 else np.float32
+    sums = np.concatenate([[0], np.cumsum(np.full(int(steps.max(initial=0)), float(lr), dtype))])
+    return np.asarray(sums.astype(dtype)[steps])
+
+
+def _permuted(work: Work, states: Any, order: Ids) -> tuple[Work, Any]:
+    """The clients in another order."""
+    index = torch.from_numpy(order)
+
+    def rows(tree: Any) -> Any:
+        return pytree.tree_map(lambda leaf: leaf[index.to(leaf.device)], tree)
+
+    message = rows(work.message) if work.mixed else work.message
+    moved = replace(
+        work,
+        ids=work.ids[order],
+        steps=work.steps[order],
+        rounds=work.rounds[order],
+        message=message,
+        lent=rows(work.lent),
+    )
+    return moved, rows(states)
+
+
+def _restored(trained: Trained, order: Ids) -> Trained:
+    """What the clients came back with, in another order."""
+    index = torch.from_numpy(order)
+
+    def rows(tree: Any) -> Any:
+        return pytree.tree_map(lambda leaf: leaf[index.to(leaf.device)], tree)
+
+    return trained._replace(
+        vectors=rows(trained.vectors),
+        scalars=rows(trained.scalars),
+        states=rows(trained.states),
+        normaliser=trained.normaliser[order],
+        metrics={name: values[order] for name, values in trained.metrics.items()},
+        steps=trained.steps[order],
+    )
+
+
+def _own(leaf: Tensor) -> Tensor:
+    """A stack of its own: vmap returns expanded views where nothing was batched."""
+    return leaf.clone(memory_format=torch.contiguous_format)
+
+
+def _refused(why: str) -> ModelError:
+    return ModelError(
+        "this run cannot use the fused engine",
+        code="FS-MOD-033",
+        where="[engine] name = 'fused'",
+        why=why,
+        hint="use engine 'auto', 'stacked' or 'loop'",
+    )
