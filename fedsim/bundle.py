@@ -15,8 +15,9 @@ import math
 import mmap
 import os
 import secrets
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,9 +40,9 @@ from fedsim.bundle_header import (
 )
 
 __all__ = [
-    "DTYPES", "BundleError", "Content", "Entry", "Header", "Object", "TensorSpec", "check_schema",
-    "decode", "decode_file", "digest", "encode", "encode_to", "first_not_finite", "read_header", "specs_of",
-    "write_pieces",
+    "DTYPES", "BundleError", "Content", "Entry", "Header", "Mapped", "Object", "TensorSpec", "check_schema",
+    "decode", "decode_file", "digest", "encode", "encode_to", "first_not_finite", "map_file", "read_header",
+    "specs_of", "write_pieces",
 ]  # fmt: skip
 
 # Of a tensor that is not contiguous memory of the CPU, this much is copied at a time.
@@ -136,10 +137,30 @@ def decode(content: Content) -> dict[str, Tensor]:
     return _tensors(view, header)
 
 
+class Mapped(NamedTuple):
+    """The tensors of a file by name, and what gives the memory back that reading them took.
+
+    After `release` they can be read again, from the file: it undoes every change of them.
+    """
+
+    tensors: dict[str, Tensor]
+    release: Callable[[], None]
+
+
 def decode_file(path: Path) -> dict[str, Tensor]:
     """The tensors of a bundle by name, mapped from the file: pages are read when they are touched.
 
     A tensor may be changed; the change stays in memory and never reaches the file.
+
+    Raises:
+        BundleError: it is not sound.
+        EnvironmentProblem: FS-ENV-024, the file cannot be read.
+    """
+    return map_file(path).tensors
+
+
+def map_file(path: Path) -> Mapped:
+    """As `decode_file`, for one who reads more than should stay in memory.
 
     Raises:
         BundleError: it is not sound.
@@ -152,7 +173,12 @@ def decode_file(path: Path) -> dict[str, Tensor]:
             mapped = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY)
     except OSError as error:
         raise storage.unreadable(error, path) from error
-    return _tensors(memoryview(mapped), header)
+    return Mapped(_tensors(memoryview(mapped), header), partial(_release, mapped))
+
+
+def _release(mapped: mmap.mmap) -> None:
+    if hasattr(mmap, "MADV_DONTNEED"):
+        mapped.madvise(mmap.MADV_DONTNEED)
 
 
 def _code(name: str, tensor: Tensor) -> str:

@@ -52,6 +52,25 @@ class FederatedRun:
         self.started = False
         self.failed_in_a_row = 0  # attempts, over skipped rounds too
 
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What the manifest says of this run; whoever derives from it adds how clients train."""
+        dataset, traits = self.data.dataset, self.strategy.traits
+        return {
+            "model_parameters": self.spec.size,
+            "model_digest": self.spec.digest,
+            "clients": self.data.clients,
+            "train_examples": int(self.data.sizes.sum()),
+            "test_examples": 0 if dataset.test is None else len(dataset.test),
+            "task": dataset.task,
+            "classes": dataset.classes,
+            "data_digest": self.data.digest,
+            "partition": self.data.description,
+            "down_factor": traits.down_factor,
+            "up_factor": traits.up_factor,
+            "metrics": list(self.evaluator.names),
+        }
+
     def evaluate_clients(self) -> dict[str, Any]:
         """Each client's accuracy and loss."""
         raise NotImplementedError
@@ -167,7 +186,15 @@ class FederatedRun:
         count = len(columns.get("client", []))
         return {"round": [self.last_outcome.record["round"]] * count, **columns}
 
-    def model_tensors(self) -> dict[str, Tensor]:
-        """The global model under the module's own names, loadable with ``load_state_dict``."""
+    def model_tensors(self, *, copy: bool = True) -> dict[str, Tensor]:
+        """The global model under the module's own names, loadable with ``load_state_dict``.
+
+        Args:
+            copy: False where they are used before the next evaluation.
+        """
         self.evaluator.set(self.federation.model, self.federation.state.buffers)
-        return {n: t.detach().clone() for n, t in self.evaluator.module.state_dict().items()}
+        tensors = self.evaluator.module.state_dict()
+        plain = {name: t.detach().contiguous() for name, t in tensors.items()}
+        return {
+            n: t.clone() if copy and t.data_ptr() == tensors[n].data_ptr() else t for n, t in plain.items()
+        }

@@ -18,11 +18,12 @@ from fedsim import rounds
 from fedsim.buffers import BufferFold, Buffers
 from fedsim.engine import Arrived, Drained, Engine, Event, Failed, Left, Opened, Refused, Timer
 from fedsim.folding import Folding, Moment
+from fedsim.ids import among, distinct
 from fedsim.local import LocalSpec
 from fedsim.membership import Membership, everybody
 from fedsim.outbox import Outbox
 from fedsim.outcome import Outcome, failure_of
-from fedsim.reduce import Rows, Sums
+from fedsim.reduce import Pieces, Rows, Sums
 from fedsim.rounds import Status, WindowState
 from fedsim.rows import RowStore
 from fedsim.schedulers import CloseWindow, Dispatch, Scheduler, SetTimer, View
@@ -181,6 +182,10 @@ class Federation:
         return Left(event.ids) if gone.all() and len(event.ids) else event
 
     def _nothing_folded(self) -> Folding:
+        reduced: Sums | Pieces | Rows = Rows() if self.strategy.fold == "gather" else Sums()
+        changed = self.transform is not None and self.transform.after_reduce is not None
+        if self.strategy.traits.columnwise and not changed:
+            reduced = Pieces(self.strategy)
         return Folding(
             self.strategy,
             self.rows,
@@ -189,13 +194,13 @@ class Federation:
             self.membership.joined,
             lambda message: self.outbox.weigh(message, self.state.strategy),
             self.asynchronous,
-            Rows() if self.strategy.fold == "gather" else Sums(),
+            reduced,
             BufferFold(self.state.buffers),
         )
 
     def _view(self, window: WindowState) -> View:
         registered, busy = self._registered, self._busy(window)
-        gone = int((self.membership.left(busy) <= window.index).sum())
+        gone = int((self.membership.left(busy) <= window.index).sum()) if len(busy) else 0
         return View(
             window.index,
             self.state.version,
@@ -225,7 +230,7 @@ class Federation:
         stateful = self.strategy.traits.client_state != "none" or self.outbox.personal_size > 0
         if stateful or self.transform is not None:
             waits |= window.status == Status.RECEIVED
-        return np.unique(window.ids[waits])
+        return distinct(window.ids[waits])
 
     def _draw(self, window: WindowState, count: int, busy: Ids) -> Ids:
         if count <= 0:
@@ -260,7 +265,8 @@ class Federation:
     ) -> tuple[WindowState, list[Refused | Failed]]:
         """Fold what was received and not yet folded; returns who was refused and who failed."""
         received = window.received_in_order if self.asynchronous else window.rows(Status.RECEIVED)
-        received = received[~np.isin(received, folding.done)]
+        if len(folding.done):
+            received = received[~among(received, folding.done)]
         troubles: list[Refused | Failed] = []
         if not len(received):
             return window, troubles
@@ -354,11 +360,14 @@ class Federation:
             lost,
             meta,
         )
-        reduced: Any = folding.reduced.result()
-        transform_state = state.transform
-        if self.transform is not None and self.transform.after_reduce is not None:
-            transform_state, reduced = self.transform.after_reduce(state.transform, reduced, info, self.seed)
-        new, metrics = self.strategy.apply(state.strategy, reduced, info)
+        transformed = state.transform
+        if isinstance(folding.reduced, Pieces):
+            new, metrics = folding.reduced.apply(state.strategy, info)
+        else:
+            reduced: Any = folding.reduced.result()
+            if self.transform is not None and self.transform.after_reduce is not None:
+                transformed, reduced = self.transform.after_reduce(transformed, reduced, info, self.seed)
+            new, metrics = self.strategy.apply(state.strategy, reduced, info)
         self.engine.commit(ids, ids if meta is None else meta.base_version)
         self.rows.commit(ids)
         self.state = RunState(
@@ -368,7 +377,7 @@ class Federation:
             0,
             new,
             folding.buffers.result(),
-            transform_state,
+            transformed,
         )
         return {name: float(value) for name, value in metrics.items()}
 

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from fedsim.buffers import BufferFold, Buffers
 from fedsim.client_log import ClientLog
 from fedsim.engine import Refused
-from fedsim.reduce import Rows, Sums
+from fedsim.reduce import Pieces, Rows, Sums
 from fedsim.rows import RowStore
 from fedsim.strategy import Strategy
 from fedsim.transform import Observed, Observer, UpdateTransform
@@ -64,7 +64,7 @@ class Folding:
     joined: Callable[[Ids], Ids]
     weigh_bytes: Callable[[Any], int]
     asynchronous: bool
-    reduced: Sums | Rows
+    reduced: Sums | Pieces | Rows
     buffers: BufferFold
     clients: ClientLog = field(default_factory=ClientLog)
     done: Ids = field(default_factory=lambda: np.empty(0, np.int64))  # rows of the window's table
@@ -84,10 +84,12 @@ class Folding:
         weights, unwanted = self.strategy.weigh(at.state, meta)
         weightless = finite & (unwanted | ~np.isfinite(weights))
         keep = finite & ~weightless
-        reasons = [None if k else NO_WEIGHT if f else NOT_FINITE for k, f in zip(keep, finite, strict=True)]
-        verdicts = np.where(keep, "accepted", "refused").tolist()
+        reasons = None
+        if not keep.all():
+            pairs = zip(keep, finite, strict=True)
+            reasons = [None if k else NO_WEIGHT if f else NOT_FINITE for k, f in pairs]
         staleness = meta.staleness if self.asynchronous else None
-        self.clients.add(block, verdicts, reasons, norms, bytes_up, staleness=staleness)
+        self.clients.add(block, reasons, norms, bytes_up, staleness=staleness)
         self.bytes_up += bytes_up * len(block)
         refused = [
             Refused(block.ids[mask], reason, block.base_version[mask])
@@ -121,6 +123,8 @@ class Folding:
     def _fold(self, block: UpdateBlock, weights: Floats, at: Moment) -> None:
         if isinstance(self.reduced, Rows):
             self.reduced.add(block, weights)
+        elif isinstance(self.reduced, Pieces) and self.reduced.takes(block):
+            self.reduced.keep(at.state, block, weights)
         else:
             assert not isinstance(self.strategy.fold, str)
             sums, new_rows = self.strategy.fold(at.state, block, weights, self.rows)

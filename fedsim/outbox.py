@@ -79,8 +79,8 @@ class Outbox:
 
     def keep(self, versions: Ids) -> None:
         """Forget the messages of all other versions."""
-        awaited = set(versions.tolist())
-        self.messages = {v: m for v, m in self.messages.items() if v in awaited}
+        for version in self.messages.keys() - set(versions.tolist()):
+            del self.messages[version]
 
     def restore(self, version: int, state: Any, messages: Mapping[int, Message]) -> None:
         """Take up messages that a checkpoint held, at this version and state."""

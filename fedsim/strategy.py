@@ -29,7 +29,8 @@ from fedsim.types import (
     WindowInfo,
 )
 
-_BLOCK = 1 << 16
+_BLOCK = 1 << 18  # values of a piece: few enough for the cache, and enough to share between threads
+_TABLE = 1 << 20  # float64 values of many rows at a time
 
 State = Any  # each strategy's own named tuple of tensors and numbers
 Sums = dict[str, Tensor]
@@ -48,6 +49,8 @@ class Traits:
         needs: what `init` asks of the population: its long-run participation ``rates``, the
             ``durations`` of its tasks; and ``period``: windows of a fixed length.
         affine: the direction is g + a·x + b.
+        columnwise: `fold` and `apply` treat each entry of the model by itself, with nothing but scalars in
+            common, and `fold` makes no rows: a large model may be given to them piece by piece.
         down_factor, up_factor: model-sized vectors per task in each direction.
         server_vectors: model-sized vectors that the server keeps beside the model; `per_client` of
             them for each client that took part.
@@ -61,6 +64,7 @@ class Traits:
     needs_normaliser: bool = False
     needs: frozenset[Literal["rates", "durations", "period"]] = field(default=frozenset())
     affine: bool = False
+    columnwise: bool = False
     down_factor: int = 1
     up_factor: int = 1
     server_vectors: int = 0
@@ -124,8 +128,27 @@ def weighted_sum(weights: Floats | Tensor, rows: Tensor) -> Tensor:
     w = torch.as_tensor(weights, dtype=torch.float64, device=rows.device)
     if len(rows) == 1:
         return _by_blocks(lambda row: row.double() * w[0], rows[0], dtype=torch.float64)
-    width = max(1, (1 << 20) // len(rows))
-    return torch.cat([w @ part.double() for part in torch.split(rows, width, dim=1)])
+    width = max(1, _TABLE // len(rows))
+    parts = torch.split(rows, width, dim=1)
+    if rows.device.type != "cpu":
+        return torch.cat([w @ part.double() for part in parts])
+    memory = torch.empty(len(rows) * min(width, rows.shape[1]), dtype=torch.float64)
+    return torch.cat([w @ _doubled(part, memory) for part in parts])
+
+
+def _doubled(part: Tensor, memory: Tensor) -> Tensor:
+    """[b, w] in float64, in memory that is used again.
+
+    By one thread: a new table each time, and threads that wait for one another after each, took four to
+    twenty times as long.
+    """
+    table = memory[: part.numel()].view(part.shape)
+    if part.dtype == torch.bfloat16:  # unknown to NumPy
+        for row, values in zip(table, part, strict=True):
+            row.copy_(values)
+    else:
+        np.copyto(table.numpy(), part.detach().numpy())
+    return table
 
 
 def fold_deltas(

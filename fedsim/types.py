@@ -151,6 +151,8 @@ class UpdateBlock:
         metrics: {name: [b] float64}, not used by aggregation.
         buffers, int_buffers: [b, Db] floating and [b, Di] integer buffers, None without any.
         state_version: [b] int64, how many updates of that client were accepted before this one.
+        release: where the vectors are mapped from a file: gives the memory back that reading them took;
+            they can be read again. None where they are in memory.
     """
 
     ids: Ids
@@ -165,6 +167,7 @@ class UpdateBlock:
     buffers: Tensor | None = None
     int_buffers: Tensor | None = None
     state_version: Ids | None = None
+    release: Callable[[], None] | None = None
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -99,13 +99,16 @@ def block_of(
     objects: Objects,
     segments: Segments,
 ) -> UpdateBlock:
-    """The answer as a block of one client, its vectors mapped from the file that holds them.
+    """The answer as a block of one client, the vectors of a large one mapped from the file that holds them.
 
     Raises:
         BundleError: the bytes on the disk are not those that were accepted.
     """
+    release = None
     if answer.place == "object":
-        tensors = bundle.decode_file(objects.path(answer.digest))
+        tensors, release = bundle.map_file(objects.path(answer.digest))
+        if spec.personal or device.type != "cpu":  # copied below
+            release = None
     else:
         window, attempt, offset = (int(part) for part in answer.place.split("/"))
         segment = segments.of(Window(run_id, window, attempt))
@@ -124,4 +127,5 @@ def block_of(
         update.buffers,
         update.integers,
         np.array([state_version], np.int64),
+        release,
     )

@@ -9,11 +9,9 @@ from __future__ import annotations
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-
-from torch import Tensor
 
 from fedsim.bundle import Object, TensorSpec
 from fedsim.identity import TASK, Key
@@ -71,7 +69,7 @@ class OpenTask:
 
     Args:
         client: index in the run; node_id: who is it.
-        update: what an answer must hold; broadcast: the message as it was sent.
+        update: what an answer must hold.
         last_folded: task whose client state is current, empty for none.
         dispatched: seconds of the run's clock; offered_at: of the machine's, when it could first be taken.
         status: open, answered or closed.
@@ -88,7 +86,6 @@ class OpenTask:
     steps: int
     message: Sent
     lent: Sent | None
-    broadcast: Mapping[str, Tensor]
     update: tuple[TensorSpec, ...]
     max_update_bytes: int
     last_folded: bytes

@@ -51,6 +51,7 @@ class Planner:
         self._layout = layout
         self._answer: tuple[TensorSpec, ...] | None = None
         self._messages: dict[int, tuple[Message, Sent]] = {}
+        self._held: list[bytes] = []  # objects that no row names yet
 
     def tasks(
         self, task: Task, names: Sequence[bytes], *, last: Mapping[int, bytes], now: float
@@ -81,7 +82,6 @@ class Planner:
                     steps=-1 if task.steps is None else int(task.steps[row]),
                     message=message,
                     lent=self._sent(pack_lent(lent)) if len(lent) else None,
-                    broadcast=task.message.vectors,
                     update=self._answer,
                     max_update_bytes=largest(self._answer),
                     last_folded=last.get(client, b""),
@@ -133,7 +133,6 @@ class Planner:
                     steps=row["steps"],
                     message=sent,
                     lent=lent,
-                    broadcast=message.vectors,
                     update=self._answer,
                     max_update_bytes=largest(self._answer),
                     last_folded=last.get(row["client"], b""),
@@ -157,15 +156,20 @@ class Planner:
             self._messages[version] = message, self._sent(pack_message(message, buffers))
         return self._messages[version][1]
 
+    def named(self) -> None:
+        """Rows name all that was made so far."""
+        held, self._held = self._held, []
+        for digest in held:
+            self.objects.release(digest)
+
     def keep(self, versions: set[int]) -> list[bytes]:
         """Forget the bundles of all other versions.
 
         Returns:
-            Digests of bundles that no task names any more.
+            Digests of those that are forgotten; rows of tasks may still name them.
         """
-        gone = {v: self._messages.pop(v)[1] for v in list(self._messages) if v not in versions}
-        kept = {sent.object.digest for _, sent in self._messages.values()}
-        return [sent.object.digest for sent in gone.values() if sent.object.digest not in kept]
+        gone = [self._messages.pop(v)[1] for v in list(self._messages) if v not in versions]
+        return [sent.object.digest for sent in gone]
 
     def _sent(self, tensors: Mapping[str, Tensor]) -> Sent:
         size = sum(t.numel() * t.element_size() for t in tensors.values())
@@ -174,12 +178,19 @@ class Planner:
             content = bundle.encode(tensors)
             made = Object(hashlib.sha256(content).digest(), len(content))
             if self.durable:
+                self._hold(made.digest)
                 self.objects.put(content)
             return Sent(made, content)
         unfinished = self.objects.scratch()
         made = bundle.encode_to(unfinished, tensors)
+        self._hold(made.digest)
         self.objects.adopt(unfinished, made.digest)
         return Sent(made, self.objects.path(made.digest))
+
+    def _hold(self, digest: bytes) -> None:
+        """Another run may be about to remove the same bytes."""
+        self.objects.hold(digest)
+        self._held.append(digest)
 
 
 def largest(layout: Sequence[TensorSpec]) -> int:

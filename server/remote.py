@@ -22,6 +22,7 @@ from fedsim.bundle import BundleError
 from fedsim.engine import Arrived, Drained, Event, Failed
 from fedsim.flat import ParamSpec
 from fedsim.journal import Entry, Playback, drawn, event_of
+from fedsim.server import memory
 from fedsim.server.answers import Answer, block_of
 from fedsim.server.board import ANSWERED, CLOSED, OPEN, Board, OpenTask
 from fedsim.server.failpoints import reached
@@ -109,6 +110,7 @@ class RemoteEngine:
         self.cancelled: list[bytes] = []  # tasks of rounds that are over, likewise
         # Set by the run's thread, but for `settle`; read within the writer's order.
         self.accepting = not any(e.kind == "settle" for e in self.playback.decisions)
+        self._settled: set[bytes] = set()  # tasks whose answers went into the open window's version
         self._announced: dict[TaskKey, None] = {}  # told to the federation, in that order
         self._unsaved: list[tuple[int, str, float, Mapping[str, Any]]] = []
         known = (e.now for e in (*self.playback.decisions, *self.playback.events))
@@ -168,6 +170,7 @@ class RemoteEngine:
             reached("before_plan")
             self.decision_seq = self.ledger.database.writer.run(plan)[-1].seq
             reached("after_plan")
+        self.planner.named()
         self.adopt(planned)
 
     def adopt(self, planned: Sequence[OpenTask]) -> None:
@@ -255,6 +258,7 @@ class RemoteEngine:
 
     def collect(self, ids: Ids, base_version: Ids) -> Iterator[UpdateBlock | Failed]:
         self.closed_at = self.closed_at or time.perf_counter()
+        self._trim()
         for client, version in zip(ids.tolist(), base_version.tolist(), strict=True):
             answer = self.answers[client, version]
             try:
@@ -279,10 +283,19 @@ class RemoteEngine:
             self.counts.folded[client] += 1
             self.counts.last[client] = task_id
             self.folded.append(task_id)
+            self._settled.add(task_id)
+
+    def _trim(self) -> None:
+        """Give back what transfers of large answers took."""
+        if any(answer.place == "object" for answer in self.answers.values()):
+            memory.trim()
 
     def done(self) -> None:
         """The window is over: what was announced in it is forgotten."""
         over = [self.tasks.pop(key) for key in self._announced if key in self.tasks]
+        # Refused when they were weighed: no later window looks at them.
+        self.cancelled += [task.task_id for task in over if task.task_id not in self._settled]
+        self._settled.clear()
         for key in self._announced:
             self.answers.pop(key, None)
         self._announced.clear()

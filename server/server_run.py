@@ -22,7 +22,7 @@ from fedsim.sampling import Free
 from fedsim.server.members import Members
 from fedsim.server.remote import Counts, RemoteEngine
 from fedsim.strategy import Strategy
-from fedsim.training.answer import reported
+from fedsim.training.answer import prepare_reported, reported
 from fedsim.training.place import eager, start_buffers, workplace
 from fedsim.types import Bools, Ids, Message, Population
 
@@ -69,6 +69,7 @@ class ServerRun(FederatedRun):
         self.place = eager(workplace(config, self.data, self.module))
         self.spec = self.place.spec
         self.grad_fn = self.place.grad_fn
+        prepare_reported(self.place)
         build.check_local(config, self.strategy, self.grad_fn, opaque=False)
         self._refuse_what_nobody_knows()
         self.rows = RowStore(self.population)
@@ -171,23 +172,9 @@ class ServerRun(FederatedRun):
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What the manifest says of this run."""
-        dataset, traits = self.data.dataset, self.strategy.traits
-        return {
-            "model_parameters": self.spec.size,
-            "model_digest": self.spec.digest,
-            "clients": self.population,
-            "train_examples": int(self.data.sizes.sum()),
-            "test_examples": 0 if dataset.test is None else len(dataset.test),
-            "task": dataset.task,
-            "classes": dataset.classes,
-            "data_digest": self.data.digest,
-            "partition": self.data.description,
+        return super().facts | {
             "engine": "remote",
             "engine_reason": "real clients train; they run the loop engine",
             "block": 1,
-            "down_factor": traits.down_factor,
-            "up_factor": traits.up_factor,
-            "metrics": list(self.evaluator.names),
             "python_objects": [],
         }

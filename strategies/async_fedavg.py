@@ -110,6 +110,7 @@ def async_fedavg(
             modes=frozenset({"async"}),
             needs=frozenset({"durations"}) if unbiased else frozenset(),
             affine=True,
+            columnwise=True,
             neutral="equal durations and importances -> bias = naive" if unbiased else "",
         ),
     )

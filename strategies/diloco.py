@@ -55,6 +55,7 @@ def diloco(
             # The driver cannot keep the optimiser of an opaque training function.
             client_hooks=persist_optimizer,
             affine=True,
+            columnwise=True,
             server_vectors=1,
             neutral="outer_momentum = 0, outer_lr = 1, persist_optimizer = false -> fedavg, weighting "
             "uniform",

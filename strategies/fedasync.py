@@ -139,6 +139,7 @@ def fedasync(
         modes=frozenset({"async"}),
         client_hooks=mixing or rho > 0.0,  # an opaque training function reports a delta
         affine=True,
+        columnwise=True,
         neutral="" if mixing or rho else "staleness = constant -> async_fedavg with bias = naive",
     )
     return Strategy(

@@ -127,6 +127,7 @@ def fedau(
         traits=Traits(
             modes=frozenset({"sync", "async"}),
             affine=True,
+            columnwise=True,
             neutral="every client in every window -> fedavg, weighting uniform; "
             "cutoff = 1 -> fedavg, weighting all",
         ),

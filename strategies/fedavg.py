@@ -159,6 +159,7 @@ def fedavg(
         traits=Traits(
             modes=frozenset({"sync", "async"}),
             affine=True,
+            columnwise=True,
             neutral="one local step on all data, weighting examples -> centralised gradient descent",
         ),
     )

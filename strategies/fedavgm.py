@@ -83,6 +83,7 @@ def fedavgm(
         traits=Traits(
             modes=frozenset({"sync", "async"}),
             affine=True,
+            columnwise=True,
             server_vectors=1,
             neutral="momentum = 0 -> fedavg",
         ),

@@ -108,6 +108,7 @@ def fedcm(*, alpha: float = 0.1, server_lr: float = 1.0) -> Strategy:
         traits=Traits(
             client_hooks=True,
             needs_normaliser=True,
+            columnwise=True,
             down_factor=2,
             server_vectors=1,
             neutral="alpha = 1 -> fedavg, weighting uniform",

@@ -132,6 +132,7 @@ def _adaptive(
         traits=Traits(
             modes=frozenset({"sync", "async"}),
             affine=True,
+            columnwise=True,
             server_vectors=2,
             neutral="beta1 = 0, v_init = zero, server_lr = c · tau, tau above √v -> fedavg, server_lr = c",
         ),

@@ -212,6 +212,7 @@ def fedspeed(
             client_state=state_at if held else "none",
             client_hooks=True,
             affine=single and clip_scope == "total",
+            columnwise=at_client or not held,
             down_factor=1 if at_client else 1 + held,
             server_vectors=1 if over_all else 0,
             server_vectors_per_client=0 if at_client else held,

@@ -272,6 +272,7 @@ def scaffold(
             client_hooks=True,
             needs_normaliser=refresh == "delta",
             affine=refresh == "delta",
+            columnwise=at_client,
             down_factor=2,
             up_factor=2 if at_client or refresh != "delta" else 1,
             server_vectors=1,

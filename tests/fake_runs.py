@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -54,11 +54,15 @@ class FakeRuns:
     failures: dict[bytes, tuple[str, str]] = field(default_factory=dict)
     expirations: list[bytes] = field(default_factory=list)
     online: frozenset[str] = frozenset()
+    forgotten: list[bytes] = field(default_factory=list)
     fails_with: Exception | None = None  # what `accept` fails with
 
     def __post_init__(self) -> None:
         self.board = Board(self.key)
         self._door = threading.Lock()
+
+    def forget_objects(self, digests: Sequence[bytes]) -> None:
+        self.forgotten += digests
 
     def put(self, node_id: str, *, size: int = 4, message: bytes | Path = b"the model") -> OpenTask:
         """A new task of a node: to answer with `size` float32 values."""
@@ -79,7 +83,7 @@ class FakeRuns:
         )
         specs = (TensorSpec(UPDATE, "F32", (size,)),)
         task = OpenTask(
-            facts, os.urandom(16), 0, node_id, 0, 0, 0, LocalSpec(), -1, broadcast, None, {}, specs,
+            facts, os.urandom(16), 0, node_id, 0, 0, 0, LocalSpec(), -1, broadcast, None, specs,
             4 * size + 4096, b"", 0.0,
         )  # fmt: skip
         self.board.put([task])

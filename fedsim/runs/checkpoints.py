@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fedsim import bundle
 from fedsim.errors import EnvironmentProblem
 from fedsim.runs.names import check_file_name
 from fedsim.storage import write_atomically
@@ -23,11 +24,15 @@ def save(folder: Path, tensors: Mapping[str, Tensor], name: str) -> Path:
     Raises:
         EnvironmentProblem: FS-ENV-020 … 022.
     """
+    path = folder / f"{check_file_name(name)}.safetensors"
+    metadata = {"format": "pt"}
+    if all(tensor.dtype in bundle.DTYPES.values() for tensor in tensors.values()):
+        bundle.encode_to(path, tensors, metadata)
+        return path
     from safetensors.torch import save as to_bytes
 
-    path = folder / f"{check_file_name(name)}.safetensors"
     # By way of bytes: of a full disk safetensors says less than the operating system does.
-    write_atomically(path, to_bytes(_apart(tensors), metadata={"format": "pt"}))
+    write_atomically(path, to_bytes(_apart(tensors), metadata=metadata))
     return path
 
 

@@ -295,3 +295,12 @@ def test_a_file_that_is_gone_is_a_problem_of_the_machine(tmp_path: Path) -> None
         with pytest.raises(EnvironmentProblem) as found:
             reader(tmp_path / "none")
         assert found.value.code == "FS-ENV-024"
+
+
+def test_a_released_file_is_read_again_without_what_was_changed(tmp_path: Path) -> None:
+    values = torch.arange(10_000, dtype=torch.float32)
+    bundle.encode_to(tmp_path / "b", {"a": values})
+    tensors, release = bundle.map_file(tmp_path / "b")
+    tensors["a"].zero_()
+    release()
+    assert torch.equal(tensors["a"], values)
