@@ -90,10 +90,11 @@ async def fetch(
                     raise Lost("the stream ended before the object did", link=False)
                 if cancelled():
                     raise Unwanted
-                size = len(chunk.data)
+                data = chunk.data  # a copy, each time
+                size = len(data)
                 if chunk.offset != reached or not 0 < size <= wanted.size - reached:
                     raise BadObject(f"a chunk of {size} bytes at {chunk.offset}, expected one at {reached}")
-                if zlib.crc32(chunk.data) != chunk.crc32:
+                if zlib.crc32(data) != chunk.crc32:
                     strikes += 1
                     if strikes >= _STRIKES:
                         raise BadObject(f"{strikes} chunks came damaged")
@@ -101,7 +102,7 @@ async def fetch(
                 if writing is not None:
                     await writing
                 reached += size
-                writing = asyncio.ensure_future(asyncio.to_thread(part.add, chunk.data))
+                writing = asyncio.ensure_future(asyncio.to_thread(part.add, data))
                 on_bytes(reached)
         finally:
             call.cancel()
@@ -220,14 +221,14 @@ async def _frames(
     yield pb.UploadFrame(start=start), offset
     size = start.object.size
     handle = await asyncio.to_thread(content.open, "rb", buffering=0)
-    ahead: asyncio.Task[pb.Chunk] | None = None
+    ahead: asyncio.Task[tuple[pb.UploadFrame, int]] | None = None
     try:
         ahead = asyncio.ensure_future(asyncio.to_thread(_read_chunk, handle, offset, chunk_bytes, size))
         while offset < size:
-            chunk = await ahead
-            offset += len(chunk.data)
+            frame, count = await ahead
+            offset += count
             ahead = asyncio.ensure_future(asyncio.to_thread(_read_chunk, handle, offset, chunk_bytes, size))
-            yield pb.UploadFrame(chunk=chunk), offset
+            yield frame, offset
     finally:
         if ahead is not None:
             with suppress(Exception):
@@ -235,12 +236,16 @@ async def _frames(
         handle.close()
 
 
-def _read_chunk(handle: Any, offset: int, chunk_bytes: int, size: int) -> pb.Chunk:
+def _read_chunk(handle: Any, offset: int, chunk_bytes: int, size: int) -> tuple[pb.UploadFrame, int]:
+    """A frame with a chunk, and the bytes of the chunk."""
     handle.seek(offset)
     data = handle.read(min(chunk_bytes, size - offset))
     if not data and offset < size:
         raise BadObject("the file is shorter than it was")
-    return pb.Chunk(offset=offset, data=data, crc32=zlib.crc32(data))
+    frame = pb.UploadFrame()
+    # Filled in place: a message that is put into another one is copied.
+    frame.chunk.offset, frame.chunk.data, frame.chunk.crc32 = offset, data, zlib.crc32(data)
+    return frame, len(data)
 
 
 def _whole(path: Path, wanted: pb.Object) -> bool:

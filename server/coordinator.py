@@ -24,10 +24,12 @@ import grpc
 from fedsim import __version__
 from fedsim.connections import Address
 from fedsim.errors import EnvironmentProblem
-from fedsim.pb.federation_pb2_grpc import add_ControlServicer_to_server, add_FleetServicer_to_server
+from fedsim.pb.federation_pb2_grpc import add_ControlServicer_to_server
+from fedsim.server import memory
 from fedsim.server.control import ControlParts, ControlService
 from fedsim.server.fleet import Fleet
 from fedsim.server.fleet_parts import FleetParts
+from fedsim.server.frames import add_fleet
 from fedsim.server.health import DRAINING, OPENING, STORAGE, Health
 from fedsim.server.http import HttpServer, read_token
 from fedsim.server.logs import start_logging, stop_logging
@@ -48,7 +50,7 @@ _LOOK_SECONDS = 1.0
 _GAP_SECONDS = 5.0
 _STORAGE_SECONDS = 5.0
 _COUNT_SECONDS = 15.0
-_GARBAGE_SECONDS, _KEEP_UPLOADS_SECONDS = 3_600.0, 86_400.0
+_GARBAGE_SECONDS = 3_600.0
 # Health checks and operators come on top of the calls that the services count themselves.
 _SPARE_CALLS = 512
 _QUIET_LOOKS, _QUIET_SECONDS = 3, 0.1
@@ -66,6 +68,7 @@ async def serve(settings: ServerSettings) -> int:
     # The event loop, the ledger's writer and the runs hand each other work all the time; with the usual
     # 5 ms each would wait that long for whoever computes (benchmarks/deployment/throughput.py).
     sys.setswitchinterval(SWITCH_SECONDS)
+    memory.share_arenas()
     try:
         # What was loaded and opened stays: the collector need not look at it again and again.
         await Coordinator(settings, on_serving=lambda address: gc.freeze()).run()
@@ -125,6 +128,7 @@ class Coordinator:
             state = await loop.run_in_executor(self._disk, State, self.settings)
             undo.push_async_callback(loop.run_in_executor, None, state.close)
             state.runs.on_window = self._window_done
+            state.runs.on_over = self._telemetry.forget_run
             state.database.writer.on_commit = self._telemetry.committed
             self._fleet, control = self._serve(state, services)
             undo.callback(self._fleet.presence.close)
@@ -220,7 +224,7 @@ class Coordinator:
                 chunk_bytes=self.settings.limits.chunk_bytes,
             )
         )
-        add_FleetServicer_to_server(fleet, services)  # type: ignore[no-untyped-call]
+        add_fleet(fleet, services)
         add_ControlServicer_to_server(control, services)  # type: ignore[no-untyped-call]
         return fleet, control
 
@@ -282,9 +286,7 @@ class Coordinator:
                     self._telemetry.nodes(await loop.run_in_executor(self._disk, self._count, state))
                 if loop.time() - collected >= _GARBAGE_SECONDS:
                     collected = loop.time()
-                    await loop.run_in_executor(
-                        self._disk, state.uploads.collect_garbage, _KEEP_UPLOADS_SECONDS
-                    )
+                    await loop.run_in_executor(self._disk, state.runs.leftovers.collect)
             except Exception:
                 log.exception("the state folder could not be looked after; tried again")
 

@@ -1,18 +1,17 @@
 """Objects on their way: down to a node by `Fetch`, up from it by `Upload`, in chunks with a CRC-32.
 
 Neither has a total deadline, both have an idle one: a slow link may take hours, a dead one is cut after a
-minute. While one chunk is on its way to or from the disk, the next one is on the network, and no more than
-these two are in memory: HTTP/2 slows a sender that is faster than the disk. What a node may fetch is decided
-by its live task alone.
+minute. While one chunk is read, or hashed and given to its file, the next one is on the network, and no more
+than these two are in memory, beside the blocks of the file: HTTP/2 slows a sender that is faster. What a
+node may fetch is decided by its live task alone.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
-import zlib
 from collections import Counter
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from concurrent.futures import Executor, Future, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast
@@ -22,6 +21,7 @@ from grpc import StatusCode
 
 from fedsim.pb import federation_pb2 as pb
 from fedsim.server.calls import Refused
+from fedsim.server.frames import Piece, chunk_message
 from fedsim.server.slots import Slot, Slots
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ T = TypeVar("T")
 NOT_LEASED = "this task is not leased to this node"
 """One text for a task of another node and for one that does not exist: guessing tells nothing."""
 MOST_CHUNK_BYTES = 3 * 1024 * 1024
+_NO_CHUNK = f"a frame after the first must be a chunk of at most {MOST_CHUNK_BYTES} bytes"
 MOST_FETCHES = 4  # of one node at a time
 
 
@@ -87,7 +88,8 @@ class Streams:
         end = min(size, request.offset + request.length) if request.length else size
         if isinstance(source, bytes):
             for at in range(request.offset, end, self._chunk_bytes):
-                await self._send(context, _chunk(at, source[at : min(at + self._chunk_bytes, end)]))
+                part = source[at : min(at + self._chunk_bytes, end)]
+                await self._send(context, chunk_message(at, part), len(part))
             return
         await self._send_file(context, source, request.offset, end)
 
@@ -113,28 +115,30 @@ class Streams:
         loop = asyncio.get_running_loop()
         handle = await loop.run_in_executor(self._disk, os.open, path, os.O_RDONLY)
 
-        def read(at: int) -> Future[pb.Chunk]:
-            return self._disk.submit(_read, handle, at, min(self._chunk_bytes, end - at), path)
+        buffer = memoryview(bytearray(min(self._chunk_bytes, end - begin)))
+
+        def read(at: int) -> Future[bytes]:
+            return self._disk.submit(_read, handle, at, buffer[: end - at], path)
 
         ahead = read(begin)
         try:
             for at in range(begin, end, self._chunk_bytes):
-                chunk = await asyncio.wrap_future(ahead)
+                message = await asyncio.wrap_future(ahead)
                 if at + self._chunk_bytes < end:
                     ahead = read(at + self._chunk_bytes)
-                await self._send(context, chunk)
+                await self._send(context, message, min(self._chunk_bytes, end - at))
         finally:
             # Whatever ended the call: a thread may be reading still.
             ahead.add_done_callback(lambda _: os.close(handle))
 
-    async def _send(self, context: Any, chunk: pb.Chunk) -> None:
+    async def _send(self, context: Any, message: bytes, count: int) -> None:
         try:
             async with asyncio.timeout(self._idle_seconds):
-                await context.write(chunk)
+                await context.write(message)
         except TimeoutError:
             text = f"nothing was read for {self._idle_seconds:g} s; fetch again from your offset"
             raise Refused(StatusCode.DEADLINE_EXCEEDED, text) from None
-        self._telemetry.moved("down", "message", len(chunk.data))
+        self._telemetry.moved("down", "message", count)
 
     async def upload(self, node_id: str, context: Any) -> pb.UploadStatusReply:
         """Take the frames of one upload; what arrived stays, whatever ends the call.
@@ -161,21 +165,24 @@ class Streams:
     async def _receive(
         self, slot: Slot, upload: Upload, steps: _Steps, start: pb.UploadStart, context: Any
     ) -> pb.UploadStatusReply:
-        frame = await self._next_frame(slot, context)
-        while frame is not None:
-            chunk = frame.chunk
-            if frame.WhichOneof("frame") != "chunk" or len(chunk.data) > MOST_CHUNK_BYTES:
-                text = f"a frame after the first must be a chunk of at most {MOST_CHUNK_BYTES} bytes"
-                raise Refused(StatusCode.INVALID_ARGUMENT, text)
-            slot.count(len(chunk.data))
-            self._telemetry.moved("up", "update", len(chunk.data))
-            written = steps.run(upload.write, chunk.offset, chunk.data, chunk.crc32)
-            frame = await _beside(written, self._next_frame(slot, context))
-        offset = await steps.run(upload.sync)
-        complete = offset == start.object.size
-        if complete:
+        writing: asyncio.Future[None] | None = None
+        while (frame := await self._next_frame(slot, context, writing)) is not None:
+            if writing is not None:
+                await writing
+            piece = frame if isinstance(frame, Piece) else _piece(frame)
+            count = len(piece.data)
+            if count > MOST_CHUNK_BYTES:
+                raise Refused(StatusCode.INVALID_ARGUMENT, _NO_CHUNK)
+            slot.count(count)
+            self._telemetry.moved("up", "update", count)
+            writing = steps.begin(upload.write, *piece)
+        if writing is not None:
+            await writing
+        if upload.offset == start.object.size:
             await steps.run(upload.finish)
-        return pb.UploadStatusReply(offset=offset, complete=complete, generation=start.generation)
+            return pb.UploadStatusReply(offset=start.object.size, complete=True, generation=start.generation)
+        offset = await steps.run(upload.sync)
+        return pb.UploadStatusReply(offset=offset, complete=False, generation=start.generation)
 
     async def _first_frame(self, context: Any) -> pb.UploadStart:
         try:
@@ -183,18 +190,29 @@ class Streams:
                 frame = await context.read()
         except TimeoutError:
             raise Refused(StatusCode.DEADLINE_EXCEEDED, "no frame arrived") from None
-        if frame is grpc.aio.EOF or frame.WhichOneof("frame") != "start":
+        if not isinstance(frame, pb.UploadFrame) or frame.WhichOneof("frame") != "start":
             raise Refused(StatusCode.INVALID_ARGUMENT, "the first frame must be the start of the upload")
         start: pb.UploadStart = frame.start
         return start
 
-    async def _next_frame(self, slot: Slot, context: Any) -> pb.UploadFrame | None:
-        """The next frame, None at the end of the stream."""
+    async def _next_frame(
+        self, slot: Slot, context: Any, writing: asyncio.Future[None] | None
+    ) -> Piece | pb.UploadFrame | None:
+        """The next frame, None at the end of the stream; a failure of the writing before it is raised."""
+
+        def end_wait(future: asyncio.Future[None]) -> None:
+            if not future.cancelled() and future.exception() is not None:
+                slot.cut(Refused(StatusCode.ABORTED, "what was sent before could not be written"))
+
+        if writing is not None:
+            writing.add_done_callback(end_wait)
         try:
             async with slot.waiting():
                 frame = await context.read()
-        except TimeoutError:
-            raise slot.over() from None
+        except (TimeoutError, Refused) as over:
+            if writing is not None and writing.done():
+                writing.result()
+            raise (over if isinstance(over, Refused) else slot.over()) from None
         return None if frame is grpc.aio.EOF else frame
 
 
@@ -208,11 +226,15 @@ class _Steps:
 
     async def run(self, step: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Do one step in a thread; the first one opens the upload."""
+        return await self.begin(step, *args, **kwargs)
+
+    def begin(self, step: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> asyncio.Future[T]:
+        """As `run`, without waiting for its end; the step before must have ended."""
         future = self._disk.submit(step, *args, **kwargs)
         self._last = future
         if self._upload is None:
             self._upload = cast("Future[Upload]", future)
-        return await asyncio.wrap_future(future)
+        return asyncio.wrap_future(future)
 
     def close(self) -> None:
         """Close the upload when the step under way has ended; nobody waits for it."""
@@ -220,26 +242,21 @@ class _Steps:
             self._disk.submit(_close, self._upload, self._last)
 
 
-async def _beside(first: Coroutine[Any, Any, Any], second: Coroutine[Any, Any, T]) -> T:
-    """Do both at a time and return what the second does; a failure of either ends the other at once."""
-    try:
-        async with asyncio.TaskGroup() as group:
-            group.create_task(first)
-            found = group.create_task(second)
-    except BaseExceptionGroup as failed:
-        raise failed.exceptions[0] from None
-    return found.result()
+def _piece(frame: pb.UploadFrame) -> Piece:
+    """A frame that protobuf had to take apart.
+
+    Raises:
+        Refused: it holds no chunk.
+    """
+    if frame.WhichOneof("frame") != "chunk":
+        raise Refused(StatusCode.INVALID_ARGUMENT, _NO_CHUNK)
+    return Piece(frame.chunk.offset, frame.chunk.data, frame.chunk.crc32)
 
 
-def _chunk(offset: int, data: bytes) -> pb.Chunk:
-    return pb.Chunk(offset=offset, data=data, crc32=zlib.crc32(data))
-
-
-def _read(handle: int, offset: int, length: int, path: Path) -> pb.Chunk:
-    data = os.pread(handle, length, offset)
-    if len(data) != length:
+def _read(handle: int, offset: int, buffer: memoryview, path: Path) -> bytes:
+    if os.preadv(handle, [buffer], offset) != len(buffer):
         raise RuntimeError(f"object {path.name} is shorter than it was when it was opened")
-    return _chunk(offset, data)
+    return chunk_message(offset, buffer)
 
 
 def _close(upload: Future[Upload], last: Future[Any]) -> None:

@@ -6,6 +6,7 @@ import hashlib
 import logging
 import os
 import threading
+import time
 import zlib
 from collections.abc import Callable
 from contextlib import suppress
@@ -14,6 +15,7 @@ from pathlib import Path
 from grpc import StatusCode
 
 from fedsim.bundle import Object
+from fedsim.server.block_file import BLOCK_BYTES, BlockFile, Blocks
 from fedsim.server.failpoints import reached
 from fedsim.server.ledger_errors import LedgerProblem, file_trouble
 from fedsim.server.objects import Objects
@@ -22,8 +24,10 @@ from fedsim.storage import sync_folder
 
 log = logging.getLogger(__name__)
 
-SYNC_BYTES = 8 << 20
-"""Received between two syncs, at most; a lost link costs no more."""
+SYNC_BYTES, SYNC_SECONDS = 32 << 20, 2.0
+"""Received between two syncs, at most, whichever comes first; a coordinator that is killed loses no more."""
+LEAST_BLOCKWISE = 2 * BLOCK_BYTES
+"""Smaller uploads are written as they come."""
 _BLOCK = 1 << 20
 _WRONG = StatusCode.INVALID_ARGUMENT
 # macOS has no fdatasync.
@@ -38,6 +42,7 @@ class Upload:
     Args:
         row: what was asked for.
         file: the unfinished file.
+        blocks: for the files of large uploads.
         max_strikes: as many broken chunks or digests, and the upload is thrown away.
         ended: called once, when the stream takes no more.
     """
@@ -49,6 +54,7 @@ class Upload:
         *,
         rows: UploadRows,
         objects: Objects,
+        blocks: Blocks,
         max_strikes: int,
         ended: Callable[[Upload], None],
     ) -> None:
@@ -56,11 +62,14 @@ class Upload:
         self._file = file
         self._rows = rows
         self._objects = objects
+        self._blocks = blocks
         self._max_strikes = max_strikes
         self._ended = ended
         self._door = threading.RLock()
         self._fenced = False
-        self._handle: int | None = None
+        self._open: BlockFile | None = None
+        self._broken = False
+        self._synced = 0.0  # when, on a monotonic clock
         self._hash = hashlib.sha256()
         self._received = 0
         self._ignored = 0
@@ -100,14 +109,14 @@ class Upload:
                     return
                 self._row = row = self._rows.restart(row)
             try:
-                self._open_file()
-                if os.fstat(self._open_handle()).st_size < row.offset:
+                file = self._open_file()
+                if os.fstat(file.handle).st_size < row.offset:
                     # Only damage from outside does that; the node is told the truth.
                     log.warning("the file of an upload is shorter than its row says: it begins again")
                     self._row = row = self._rows.restart(row)
                 # What lies behind the offset was never synced.
-                os.ftruncate(self._open_handle(), row.offset)
-                self._hash_again(row.offset)
+                file.begin(row.offset)
+                self._hash_again(file, row.offset)
             except OSError as error:
                 self._close_file()
                 raise file_trouble(error, self._file) from error
@@ -115,8 +124,9 @@ class Upload:
                 self._close_file()
                 raise
             self._received = row.offset
+            self._synced = time.monotonic()
 
-    def write(self, offset: int, data: bytes, crc32: int) -> None:
+    def write(self, offset: int, data: bytes | memoryview, crc32: int) -> None:
         """Take one chunk.
 
         Args:
@@ -150,7 +160,8 @@ class Upload:
                 gap = UploadRefused(StatusCode.FAILED_PRECONDITION, text)
                 raise self._strike(gap, offset=self._received)
             self._append(data)
-            if self._received - self._row.offset >= SYNC_BYTES:
+            late = time.monotonic() - self._synced >= SYNC_SECONDS
+            if late or self._received - self._row.offset >= SYNC_BYTES:
                 self.sync()
 
     def sync(self) -> int:
@@ -207,7 +218,7 @@ class Upload:
     def close(self) -> None:
         """Give the file up and keep what arrived; again is no mistake."""
         with self._door:
-            if self._handle is not None:
+            if self._open is not None:
                 with suppress(UploadRefused):
                     if self._received > self._row.offset:
                         self._sync_file()
@@ -215,45 +226,57 @@ class Upload:
                 self._close_file()
         self._ended(self)
 
-    def _open_file(self) -> None:
+    def _open_file(self) -> BlockFile:
         if not self._file.parent.is_dir():
             self._file.parent.mkdir(mode=0o700, exist_ok=True)
             sync_folder(self._file.parent.parent)
         new = not self._file.exists()
-        self._handle = os.open(self._file, os.O_RDWR | os.O_CREAT, 0o600)
+        large = self._row.size >= LEAST_BLOCKWISE
+        self._open = BlockFile(self._file, self._blocks if large else None)
         if new:
             sync_folder(self._file.parent)
+        return self._open
 
-    def _hash_again(self, end: int) -> None:
+    def _hash_again(self, file: BlockFile, end: int) -> None:
         at = 0
         while at < end:
             if self._fenced:
                 raise overtaken()
-            block = os.pread(self._open_handle(), min(_BLOCK, end - at), at)
+            block = os.pread(file.handle, min(_BLOCK, end - at), at)
             self._hash.update(block)
             at += len(block)
 
-    def _append(self, data: bytes) -> None:
-        rest, at = memoryview(data), self._received
+    def _append(self, data: bytes | memoryview) -> None:
+        file = self._opened()
         try:
-            while rest:
-                count = os.pwrite(self._open_handle(), rest, at)
-                rest, at = rest[count:], at + count
+            file.append(data)
         except OSError as error:
-            # A part may be there; the next chunk at this offset is written over it.
-            raise from_ledger(file_trouble(error, self._file)) from error
+            raise self._lost(file, error) from error
         self._hash.update(data)
-        self._received = at
+        self._received += len(data)
 
     def _sync_file(self) -> None:
+        file = self._opened()
         try:
-            _sync_data(self._open_handle())
+            file.flush()
+        except OSError as error:
+            raise self._lost(file, error) from error
+        try:
+            _sync_data(file.handle)
         except OSError as error:
             # The kernel may have dropped the pages: the next stream begins at the last safe offset.
             self._received = self._row.offset
             self._close_file()
             raise from_ledger(file_trouble(error, self._file)) from error
+        self._synced = time.monotonic()
         reached("upload_synced")
+
+    def _lost(self, file: BlockFile, error: OSError) -> UploadRefused:
+        """What was written before is kept when the stream is closed, and no more is taken."""
+        file.drop()
+        self._received = max(file.written, self._row.offset)
+        self._broken = True
+        return from_ledger(file_trouble(error, self._file))
 
     def _recorded(self, change: Callable[[], Row]) -> Row:
         try:
@@ -286,19 +309,19 @@ class Upload:
     def _check_open(self) -> None:
         if self._fenced:
             raise overtaken()
-        if self._handle is None and not self._row.complete:
+        if (self._open is None or self._broken) and not self._row.complete:
             raise UploadRefused(
                 StatusCode.FAILED_PRECONDITION,
                 "this stream is over: begin a new one",
                 offset=self._row.offset,
             )
 
-    def _open_handle(self) -> int:
-        if self._handle is None:
+    def _opened(self) -> BlockFile:
+        if self._open is None:
             raise overtaken()
-        return self._handle
+        return self._open
 
     def _close_file(self) -> None:
-        handle, self._handle = self._handle, None
-        if handle is not None:
-            os.close(handle)
+        file, self._open = self._open, None
+        if file is not None:
+            file.close()

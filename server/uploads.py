@@ -3,7 +3,7 @@
 An upload is keyed by node, upload id and generation; the newest stream fences the older ones. Its row
 counts only bytes that are safe on the disk, so nothing below that offset is ever sent twice. What a node
 can make the server keep is bounded: one unfinished file per task, as large as the task's update may be,
-within a budget and with free space to spare. How many streams run at a time, and how slow one may be, is
+with free space to spare. How many streams run at a time, and how slow one may be, is
 decided by the service.
 """
 
@@ -22,10 +22,11 @@ from typing import NamedTuple
 from grpc import StatusCode
 
 from fedsim.pb import federation_pb2 as pb
+from fedsim.server.block_file import Blocks
 from fedsim.server.database import Database
 from fedsim.server.ledger_errors import LedgerProblem, file_trouble
 from fedsim.server.objects import DIGEST_BYTES, Objects
-from fedsim.server.upload_rows import Promised, Row, UploadRefused, UploadRows, from_ledger, later, overtaken
+from fedsim.server.upload_rows import Row, UploadRefused, UploadRows, from_ledger, later, overtaken
 from fedsim.server.upload_stream import Upload
 
 __all__ = ["Status", "Upload", "UploadRefused", "Uploads"]
@@ -59,7 +60,6 @@ class Uploads:
         database: holds one row per upload.
         objects: takes finished files over; on the same disk as `folder`.
         folder: of unfinished files, ``<state>/uploads``.
-        budget_bytes: of all unfinished uploads together, by declared size; None for no bound.
         keep_free_bytes: of the disk, always.
         max_strikes: broken chunks or digests until no more is taken for a task.
         wall: seconds since 1970, for the age of rows.
@@ -71,7 +71,6 @@ class Uploads:
         objects: Objects,
         folder: Path,
         *,
-        budget_bytes: int | None = None,
         keep_free_bytes: int = KEEP_FREE_BYTES,
         max_strikes: int = MAX_STRIKES,
         wall: Callable[[], float] = time.time,
@@ -84,7 +83,7 @@ class Uploads:
         self._wall = wall
         self._door = threading.Lock()
         self._live: dict[tuple[str, bytes], Upload] = {}
-        self.budget_bytes = budget_bytes
+        self._blocks = Blocks()
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:
@@ -112,6 +111,7 @@ class Uploads:
             self._file(asked),
             rows=self._rows,
             objects=self._objects,
+            blocks=self._blocks,
             max_strikes=self._max_strikes,
             ended=lambda ended: self._forget(key, ended),
         )
@@ -148,19 +148,16 @@ class Uploads:
             return None
         return row if self._objects.has(row.digest) else None
 
-    def digests(self) -> frozenset[bytes]:
-        """Objects of finished uploads that may still be submitted: not to be swept."""
-        return frozenset(row.digest for row in self._rows.all() if row.complete)
-
-    def collect_garbage(self, older_than: float) -> int:
+    def collect_garbage(self, older_than: float) -> frozenset[bytes]:
         """Forget uploads that did not move for so many seconds, unless a stream is open.
 
         Returns:
-            How many were forgotten.
+            Digests of those that were finished; their objects stay, as with `forget_tasks`.
         """
         with self._door:
             live = frozenset(self._live)
-        return self._rows.forget_stale(self._wall() - older_than, live, self._drop)
+        gone = self._rows.forget_stale(self._wall() - older_than, live, self._drop)
+        return frozenset(row.digest for row in gone if row.complete)
 
     def forget_tasks(self, task_ids: Sequence[bytes]) -> frozenset[bytes]:
         """Forget the uploads of tasks that are over; open streams of them are cut.
@@ -183,16 +180,15 @@ class Uploads:
             streams = list(self._live.values())
         for upload in streams:
             upload.fence()
+        self._blocks.close()
 
-    def _check_room(self, promised: Promised, row: Row) -> None:
-        """Refuse what would not fit beside everything that is promised already."""
-        if self.budget_bytes is not None and promised.total + row.size > self.budget_bytes:
-            raise later("the space for uploads is used up")
+    def _check_room(self, promised: int, row: Row) -> None:
+        """Refuse what would not fit beside the bytes that are promised already."""
         try:
             free = shutil.disk_usage(self._folder).free
         except OSError as error:
             raise file_trouble(error, self._folder) from error
-        if free - promised.to_come - (row.size - row.offset) < self._keep_free_bytes:
+        if free - promised - (row.size - row.offset) < self._keep_free_bytes:
             raise later("the server's disk is nearly full")
 
     def _forget(self, key: tuple[str, bytes], upload: Upload) -> None:

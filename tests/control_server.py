@@ -23,13 +23,14 @@ from fedsim.connections import Connection
 from fedsim.errors import ConfigError
 from fedsim.identity import Key
 from fedsim.pb import federation_pb2 as pb
-from fedsim.pb.federation_pb2_grpc import add_ControlServicer_to_server, add_FleetServicer_to_server
+from fedsim.pb.federation_pb2_grpc import add_ControlServicer_to_server
 from fedsim.server.audit import Audit
 from fedsim.server.auth import Auth
 from fedsim.server.control import ControlParts, ControlService
 from fedsim.server.database import open_database
 from fedsim.server.fleet import Fleet
 from fedsim.server.fleet_parts import FleetParts
+from fedsim.server.frames import add_fleet
 from fedsim.server.health import OPENING, Health
 from fedsim.server.nodes import Nodes
 from fedsim.server.run_table import NoSuchRun
@@ -258,7 +259,7 @@ async def _serve(
         )  # fmt: skip
     )
     server = grpc.aio.server(options=server_options())
-    add_FleetServicer_to_server(fleet, server)
+    add_fleet(fleet, server)
     add_ControlServicer_to_server(control, server)
     health_pb2_grpc.add_HealthServicer_to_server(health.servicer, server)
     port = server.add_insecure_port("127.0.0.1:0")

@@ -24,6 +24,7 @@ from fedsim.server.members import Candidate
 from fedsim.server.objects import Objects
 from fedsim.server.runs import Runs
 from fedsim.server.segments import Segments
+from fedsim.server.uploads import Uploads
 
 END = frozenset({"ok", "target", "early_stop", "stopped", "failed", "paused"})
 
@@ -83,21 +84,26 @@ class Coordinator:
     key: Key
     nodes: list[Node]
     lease_seconds: float = 60.0
+    inline_bytes: int = 1 << 20
     database: Database = field(init=False)
+    uploads: Uploads = field(init=False)
     runs: Runs = field(init=False)
 
     def start(self) -> Coordinator:
         self.state.mkdir(exist_ok=True)
         self.database = open_database("", self.state)
         named = {node.node_id: node.name for node in self.nodes}
+        objects = Objects(self.state / "objects")
+        self.uploads = Uploads(self.database, objects, self.state / "uploads", keep_free_bytes=0)
         self.runs = Runs(
             self.database,
-            Objects(self.state / "objects"),
+            objects,
             Segments(self.state / "segments"),
+            self.uploads,
             self.state,
             self.key,
             candidates=lambda expression, online: [Candidate(n, named[n], {}) for n in online if n in named],
-            inline_bytes=1 << 20,
+            inline_bytes=self.inline_bytes,
             lease_seconds=self.lease_seconds,
         )
         self.runs.recover()

@@ -17,7 +17,7 @@ from grpc import StatusCode
 
 from fedsim.identity import SUBMIT, Key
 from fedsim.pb import federation_pb2 as pb
-from fedsim.pb.federation_pb2_grpc import FleetStub, add_FleetServicer_to_server
+from fedsim.pb.federation_pb2_grpc import FleetStub
 from fedsim.server.auth import Peer
 from fedsim.server.board import OpenTask
 from fedsim.server.calls import RETRY_AFTER
@@ -25,6 +25,7 @@ from fedsim.server.database import open_database
 from fedsim.server.denied import Denied
 from fedsim.server.fleet import Fleet
 from fedsim.server.fleet_parts import FleetParts
+from fedsim.server.frames import add_fleet
 from fedsim.server.objects import Objects
 from fedsim.server.settings import LimitsSection, ServerSettings
 from fedsim.server.telemetry import Telemetry
@@ -179,7 +180,7 @@ async def serving(
     )
     fleet = Fleet(parts)
     server = grpc.aio.server(options=server_options())
-    add_FleetServicer_to_server(fleet, server)
+    add_fleet(fleet, server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     service = Service(fleet, runs, auth, uploads, objects, key, f"127.0.0.1:{port}")

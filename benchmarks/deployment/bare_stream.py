@@ -1,16 +1,20 @@
 """What gRPC can do at best here: chunks over TLS and loopback in both directions, and nothing else.
 
 No checksum, no digest, no disk, no ledger: the same library, credentials, options and chunk size as the
-coordinator. ``python -m benchmarks.deployment.bare_stream`` serves; `BareStream` starts it and calls it.
+coordinator. `BareStream.kept` adds what no coordinator can leave out, in the plainest way: every chunk is
+hashed and written to a file in a thread while the next one arrives, and the file is synced at the end.
+``python -m benchmarks.deployment.bare_stream`` serves; `BareStream` starts it and calls it.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import hashlib
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -54,6 +58,10 @@ class BareStream:
         """So many transfers at a time to the server."""
         await asyncio.gather(*(self._up(channel) for channel in self._opened(streams)))
 
+    async def kept(self, streams: int) -> None:
+        """So many transfers at a time to the server, each hashed, written and synced there."""
+        await asyncio.gather(*(self._up(channel, "Kept") for channel in self._opened(streams)))
+
     async def close(self) -> None:
         for channel in self._channels:
             await channel.close()
@@ -77,9 +85,9 @@ class BareStream:
         if got != self.size:
             raise RuntimeError(f"{got} bytes came, {self.size} were expected")
 
-    async def _up(self, channel: Any) -> None:
+    async def _up(self, channel: Any, method: str = "Up") -> None:
         call = channel.stream_unary(
-            f"/{_SERVICE}/Up",
+            f"/{_SERVICE}/{method}",
             request_serializer=pb.Chunk.SerializeToString,
             response_deserializer=pb.UploadStatusReply.FromString,
         )
@@ -105,7 +113,30 @@ async def _serve(tls: Path, size: int, chunk_bytes: int) -> None:
             got += len(chunk.data)
         return pb.UploadStatusReply(offset=got)
 
+    async def kept(_: Any, context: Any) -> pb.UploadStatusReply:
+        got, hashed, writing = 0, hashlib.sha256(), None
+        # Beside the certificates: on the disk that the coordinator writes to.
+        with tempfile.TemporaryFile(dir=tls, buffering=0) as file:
+
+            def keep(data: bytes) -> None:
+                hashed.update(data)
+                file.write(data)
+
+            while (chunk := await context.read()) is not grpc.aio.EOF:
+                data = chunk.data
+                got += len(data)
+                if writing is not None:
+                    await writing
+                writing = asyncio.ensure_future(asyncio.to_thread(keep, data))
+            if writing is not None:
+                await writing
+            await asyncio.to_thread(os.fsync, file.fileno())
+        return pb.UploadStatusReply(offset=got)
+
     handlers = {
+        "Kept": grpc.stream_unary_rpc_method_handler(
+            kept, pb.Chunk.FromString, pb.UploadStatusReply.SerializeToString
+        ),
         "Down": grpc.unary_stream_rpc_method_handler(
             down, pb.FetchRequest.FromString, pb.Chunk.SerializeToString
         ),

@@ -163,14 +163,15 @@ class FakeNode(Caller):
         call = self.stub.Fetch(pb.FetchRequest(digest=wanted.digest), metadata=self._metadata)
         hashing: Awaitable[None] | None = None
         async for chunk in call:
-            got += len(chunk.data)
+            data = chunk.data  # a copy, each time
+            got += len(data)
             if not checked:
                 continue
-            if zlib.crc32(chunk.data) != chunk.crc32:
+            if zlib.crc32(data) != chunk.crc32:
                 raise ValueError(f"a chunk at {chunk.offset} is damaged")
             if hashing is not None:
                 await hashing
-            hashing = asyncio.ensure_future(asyncio.to_thread(hashed.update, chunk.data))
+            hashing = asyncio.ensure_future(asyncio.to_thread(hashed.update, data))
         if hashing is not None:
             await hashing
         if got != wanted.size or (checked and hashed.digest() != wanted.digest):

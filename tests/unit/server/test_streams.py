@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import os
 import zlib
 from collections.abc import AsyncIterator, Iterator
@@ -15,6 +16,8 @@ from grpc import StatusCode
 
 from fedsim.pb import federation_pb2 as pb
 from fedsim.server.calls import OFFSET, Refused
+from fedsim.server.desk import Place
+from fedsim.server.objects import Objects
 from fedsim.server.slots import Slots
 from fedsim.server.streams import MOST_FETCHES
 from tests.fake_runs import sent, update_bundle
@@ -175,6 +178,29 @@ def test_an_uploaded_update_is_accepted_and_lies_among_the_objects(tmp_path: Pat
     assert reply.verdict == pb.ACCEPTED
     assert place == (*sent(CONTENT).object, None)
     assert stored == CONTENT
+
+
+def test_a_shortened_upload_is_held_until_its_verdict_and_then_left_to_the_rows(tmp_path: Path) -> None:
+    """Where the answer comes too late no row will ever name it."""
+
+    async def scenario(service: Service) -> tuple[Place, list[bytes], Objects]:
+        service.runs.max_norm, service.runs.over_norm = 0.5, "clip"
+        node = service.node()
+        task = service.runs.put(node.node_id, size=SIZE)
+        await upload(node, start(task.task_id), *chunks())
+        body = node.body(task, CONTENT, upload_id=b"\1" * 16)
+        reply = await node.call("Submit", node.signed(body))
+        assert reply.verdict == pb.ACCEPTED
+        while not service.runs.forgotten:
+            await asyncio.sleep(0.01)
+        return service.runs.places[task.task_id], service.runs.forgotten, service.objects
+
+    place, forgotten, objects = run(tmp_path, scenario, stored=True, chunk_bytes=CHUNK)
+    assert place.digest != hashlib.sha256(CONTENT).digest()
+    assert forgotten == [place.digest]
+    assert objects.has(place.digest)
+    objects.remove([place.digest])
+    assert not objects.has(place.digest), "nobody holds it any more"
 
 
 def test_an_upload_that_was_cut_goes_on_where_the_server_says(tmp_path: Path) -> None:

@@ -122,7 +122,6 @@ def test_a_finished_upload_is_found_by_its_own_task_and_node_alone(server: Serve
     assert (row.digest, row.size) == (digest, 1000)
     assert server.uploads.finished(OTHER, b"\1" * 16, b"\1" * 16) is None
     assert server.uploads.finished(NODE, b"\1" * 16, b"\2" * 16) is None
-    assert server.uploads.digests() == {digest}
 
 
 def test_the_same_bytes_from_another_node_are_sent_all_the_same(server: Server) -> None:
@@ -291,7 +290,7 @@ def test_what_did_not_move_for_long_is_forgotten(server: Server) -> None:
     live = server.start(upload=2, task=2)
     server.now += 3600
     server.start(upload=3, task=3).close()
-    assert server.uploads.collect_garbage(older_than=1800) == 1
+    assert server.uploads.collect_garbage(older_than=1800) == frozenset()
     assert server.status(upload=1) is None
     assert [file.stem[:2] for file in server.files()] == ["02", "03"]
     send(live, 0, 1000)
