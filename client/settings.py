@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from fedsim.errors import ConfigError
 from fedsim.identity import read_secret
 from fedsim.storage import unreadable, write_atomically
-from fedsim.transport import Tls, is_loopback
+from fedsim.transport import Tls, check_insecure, is_loopback
 
 KEY_FILE, POLICY_FILE = "node.key", "policy.toml"
 Model = TypeVar("Model", bound=BaseModel)
@@ -130,7 +130,8 @@ def client_settings(flags: Mapping[str, Any], file: Path | None = None) -> Clien
         file: ``client.toml``, None for none.
 
     Raises:
-        ConfigError: FS-CFG-110 … 114. EnvironmentProblem: a file cannot be read, or others can read it.
+        ConfigError: FS-CFG-110 … 114; FS-SEC-004, plain text where it is not allowed.
+        EnvironmentProblem: a file cannot be read, or others can read it.
     """
     values = {} if file is None else _toml(file)
     if "labels" in flags:
@@ -157,6 +158,13 @@ def client_settings(flags: Mapping[str, Any], file: Path | None = None) -> Clien
             why="every task is checked against the coordinator's key, and this client does not know it",
             hint="give --bundle FILE, or server_id in client.toml; better: use TLS",
         )
+    # Before anything is written: a client that may not connect leaves no folder behind.
+    check_insecure(
+        server,
+        insecure=given.insecure,
+        insecure_beyond_loopback=given.insecure_beyond_loopback,
+        has_tls=any(file is not None for file in (given.ca, given.cert, given.cert_key)),
+    )
     return ClientSettings(
         server=server,
         server_id=server_id,

@@ -27,6 +27,7 @@ from fedsim.client.audit import Audit
 from fedsim.client.client_states import ClientStates
 from fedsim.client.unsent import UnsentAnswers
 from fedsim.errors import EnvironmentProblem
+from fedsim.file_lock import try_lock
 from fedsim.pb import federation_pb2 as pb
 from fedsim.storage import damaged, problem, unreadable, write_atomically
 
@@ -146,29 +147,21 @@ def _lock(path: Path) -> IO[str]:
     """Take the lock file, which the operating system frees when this process ends in any way."""
     handle = path.open("a+", encoding="utf-8")
     try:
-        if os.name == "posix":
-            import fcntl
-
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        else:
-            import msvcrt  # of Windows alone
-
+        if not try_lock(handle.fileno()):
             handle.seek(0)
-            msvcrt.locking(handle.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined,unused-ignore]
-    except OSError as error:
-        handle.seek(0)
-        owner = handle.read(200).strip() if os.name == "posix" else ""
+            raise EnvironmentProblem(
+                "another process uses this client's folder",
+                code="FS-CLI-008",
+                where=str(path.parent),
+                why=f"it is locked by {handle.read(200).strip() or 'another process'}",
+                hint="stop that client, or give this one its own --state",
+            )
+        handle.truncate(0)
+        handle.write(f"process {os.getpid()} on {socket.gethostname()}")
+        handle.flush()
+    except BaseException:
         handle.close()
-        raise EnvironmentProblem(
-            "another process uses this client's folder",
-            code="FS-CLI-008",
-            where=str(path.parent),
-            why=f"it is locked by {owner or 'another process'}",
-            hint="stop that client, or give this one its own --state",
-        ) from error
-    handle.truncate(0)
-    handle.write(f"process {os.getpid()} on {socket.gethostname()}")
-    handle.flush()
+        raise
     return handle
 
 

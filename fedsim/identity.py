@@ -22,7 +22,6 @@ from fedsim.errors import EnvironmentProblem
 from fedsim.storage import problem, sync_folder, unreadable, write_all
 
 ENROL, LOGIN, SUBMIT, TASK = b"fedsim.v1 enrol", b"fedsim.v1 login", b"fedsim.v1 submit", b"fedsim.v1 task"
-CONTEXTS = (ENROL, LOGIN, SUBMIT, TASK)
 
 PUBLIC_BYTES, SIGNATURE_BYTES = 32, 64
 _MOST_FILE_BYTES = 64 * 1024
@@ -104,7 +103,7 @@ class Key:
         """Signature (64 bytes) over `context`, a zero byte and `body`.
 
         Args:
-            context: one of `CONTEXTS`.
+            context: what is signed: ENROL, LOGIN, SUBMIT or TASK.
         """
         return self._private.sign(_signed(context, body))
 

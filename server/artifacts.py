@@ -24,7 +24,6 @@ FILES = frozenset({
 """Files that lie in the run's folder itself."""
 FOLDERS = ("checkpoints", "plots")
 """Folders whose files may be fetched; ``state`` is not among them: it holds what clients sent."""
-MODELS = ("final", "best", "latest")
 _NAME = re.compile(r"(?:(?P<folder>[a-z]{1,20})/)?(?P<file>[A-Za-z0-9_][A-Za-z0-9._-]{0,127})")
 
 

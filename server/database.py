@@ -130,17 +130,6 @@ class Database:
 
         return self.writer.run(operation)
 
-    def copy_to(self, target: Path) -> None:
-        """Write a whole and consistent copy while work goes on; SQLite only.
-
-        Raises:
-            EnvironmentProblem: FS-LED-001 or 002, it could not be written; FS-LED-014, PostgreSQL is
-                copied with its own tools.
-        """
-        if self._writing.dialect.name != "sqlite":
-            raise postgres.copy_elsewhere(self.where)
-        sqlite_file.copy(Path(self.where), target)
-
     def close(self) -> None:
         """Carry out what was submitted, write the log back into the file, let the folder go."""
         self.writer.close()

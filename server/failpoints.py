@@ -22,6 +22,7 @@ POINTS = {
     "after_commit": "a round is committed, and nothing old is cleared away",
     "after_clearing": "a round is committed and cleared up, the next one not begun",
     "before_finish": "the last round is committed, the run folder is not complete",
+    "after_end": "a run is over, and nothing of it is cleared away",
     "object_renamed": "an upload became an object that no answer names",
     "upload_synced": "a part of an upload is on the disk, its offset is not",
 }

@@ -11,7 +11,7 @@ listened.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -92,10 +92,6 @@ class Leases:
         lease = self._held.get(task_id)
         return lease.node_id if lease else None
 
-    def holds(self, node_id: str) -> bool:
-        """Whether the node holds any lease."""
-        return node_id in self._of_node
-
     def beat(self, node_id: str, progress: Progress) -> Held:
         """Prolong one lease where its task went on since the last heartbeat.
 
@@ -133,11 +129,6 @@ class Leases:
         for task_id in tasks:
             self.end(task_id)
         return tasks
-
-    def grant_all(self, tasks: Iterable[OpenTask]) -> None:
-        """Lease the tasks that were out when the process before this one ended."""
-        for task in tasks:
-            self.grant(task)
 
     def gap(self) -> float:
         """Seconds since `overdue` was called last."""

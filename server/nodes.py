@@ -218,19 +218,11 @@ class Nodes:
         future = self._database.writer.submit(lambda connection: note_seen(connection, devices, now))
         future.add_done_callback(_report)
 
-    def matching(self, expression: str) -> Sequence[str]:
-        """Identifiers of the approved clients that a label expression selects, in the order of names.
-
-        Raises:
-            ConfigError: FS-SEC-008, the expression cannot be understood.
-        """
-        return [node.node_id for node in self._selected(expression)]
-
     def candidates(self, expression: str, node_ids: Collection[str]) -> Candidates:
         """Those of `node_ids` that are approved clients and that a label expression selects.
 
         Raises:
-            ConfigError: FS-SEC-008.
+            ConfigError: FS-SEC-008, the expression cannot be understood.
         """
         return [
             Candidate(node.node_id, node.name, dict(node.labels))

@@ -9,7 +9,9 @@ from __future__ import annotations
 import hashlib
 import os
 import secrets
-from collections.abc import Container, Iterable
+import threading
+from collections import Counter
+from collections.abc import Callable, Container, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -31,6 +33,8 @@ class Objects:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._door = threading.Lock()  # between bytes that come and bytes that go
+        self._held: Counter[bytes] = Counter()
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:
@@ -101,7 +105,8 @@ class Objects:
             size = file.stat().st_size
             sync_file(file)
             self._make_folder(final.parent)
-            os.replace(file, final)
+            with self._door:
+                os.replace(file, final)
             sync_folder(final.parent)
             sync_folder(file.parent)
         except OSError as error:
@@ -132,19 +137,36 @@ class Objects:
             raise lost(path, "its bytes have another digest")
         return content
 
-    def intact(self, digest: bytes) -> bool:
-        """Whether the object is there and its bytes still have its digest; reads all of them."""
-        try:
-            with self.path(digest).open("rb") as file:
-                return hashlib.file_digest(file, "sha256").digest() == digest
-        except OSError:
-            return False
+    def hold(self, digest: bytes) -> None:
+        """Keep an object that is about to be stored until a row names it, even where it was to be removed."""
+        with self._door:
+            self._held[digest] += 1
 
-    def remove(self, digests: Iterable[bytes]) -> None:
-        """Delete objects; those that are not there are no mistake."""
-        for digest in digests:
-            with suppress(OSError):  # what stays is swept at the next start
-                self.path(digest).unlink(missing_ok=True)
+    def release(self, digest: bytes) -> None:
+        """The other half of `hold`."""
+        with self._door:
+            self._held[digest] -= 1
+            if self._held[digest] <= 0:
+                del self._held[digest]
+
+    def remove(
+        self,
+        digests: Iterable[bytes],
+        *,
+        unless: Callable[[Sequence[bytes]], Container[bytes]] = lambda digests: (),
+    ) -> None:
+        """Delete objects that nobody holds; those that are not there are no mistake.
+
+        Args:
+            unless: those of some digests that rows name, which stay.
+        """
+        with self._door:
+            there = [digest for digest in digests if digest not in self._held and self.has(digest)]
+            kept = unless(there) if there else ()
+            for digest in there:
+                if digest not in kept:
+                    with suppress(OSError):  # what stays is swept at the next start
+                        self.path(digest).unlink(missing_ok=True)
 
     def sweep(self, keep: Container[bytes]) -> int:
         """Delete what a crash left: unfinished files, and objects that no row names. At start only.

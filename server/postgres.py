@@ -79,13 +79,3 @@ def _taken(driver: DBAPIConnection) -> bool:
     cursor.close()
     driver.commit()
     return bool(row and row[0])
-
-
-def copy_elsewhere(where: str) -> EnvironmentProblem:
-    """The error for whoever asks fedsim to copy a database server."""
-    return EnvironmentProblem(
-        "a PostgreSQL database is not copied by fedsim",
-        code="FS-LED-014",
-        where=where,
-        hint="use pg_dump or the backups of the database server",
-    )

@@ -10,8 +10,11 @@ import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
+from fedsim.federated_run import FederatedRun
 from fedsim.journal import Entry
+from fedsim.progress import Progress
 from fedsim.runs.folder import CLIENTS, METRICS, RunFolder
 from fedsim.storage import append_whole, sync_file
 
@@ -67,3 +70,29 @@ def cut_back(folder: RunFolder, lengths: dict[str, int], records: Iterable[str])
 
 def _size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
+
+
+def complete(folder: RunFolder, run: FederatedRun, progress: Progress, state: str, detail: str) -> None:
+    """The files of a run that is over: its final model, its summary and its report.
+
+    Args:
+        run: as far as it was taken up; state, detail: how it ended.
+    """
+    done = 0
+    if hasattr(run, "federation"):
+        folder.save_model(run.model_tensors(copy=False), "final")
+        done = run.federation.state.round_index
+    outcome: dict[str, Any] = {
+        "outcome": state,
+        "rounds": done,
+        "final": progress.final,
+        "best": progress.best,
+        "seconds": run.federation.state.clock if done else 0.0,
+    }
+    if state == "failed":
+        outcome["error"] = {"code": detail.partition(":")[0], "what": detail, "why": ""}
+    folder.finish(outcome)
+    if run.config.output.report:
+        from fedsim.runs.report import write_report
+
+        write_report(folder, data=run.data, client_evaluation=None)

@@ -11,12 +11,29 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from sqlalchemy import Connection, delete, func, insert, select, update
+from sqlalchemy import ColumnElement, Connection, case, delete, func, insert, select, update
 
 from fedsim.journal import DECISIONS, Entry
 from fedsim.server.board import OpenTask
 from fedsim.server.database import Database
 from fedsim.server.tables import events, journal, run_members, runs, submissions, tasks, windows
+
+FOR_GOOD = frozenset({"ok", "target", "early_stop"})
+"""States of a run that has come to its end: it cannot be resumed."""
+FINISHED = FOR_GOOD | {"stopped", "failed"}
+"""States of a run that does not go on by itself."""
+
+
+class Forgotten(NamedTuple):
+    """What rows were named that are gone.
+
+    Args:
+        tasks: their names.
+        objects: digests that they named; other rows may name them too.
+    """
+
+    tasks: Sequence[bytes] = ()
+    objects: Sequence[bytes] = ()
 
 
 class Window(NamedTuple):
@@ -136,20 +153,22 @@ class RunLedger:
         folded: Sequence[bytes],
         cancelled: Sequence[bytes],
         previous: Window | None,
+        in_flight: frozenset[bytes],
         forget_before: int,
         progress: Mapping[str, Any],
-    ) -> list[bytes]:
+    ) -> Forgotten:
         """The window is committed: its row, the run's row, and what is no longer needed goes.
 
         Args:
             folded: tasks whose answers the new version contains.
             cancelled: tasks that nobody answers any more.
             previous: the checkpoint before; what it was made of is kept no longer.
+            in_flight: tasks that clients were at work on at that checkpoint: a return to it needs them.
             forget_before: journal number; lines below belong to states that nobody returns to.
             progress: further columns of the run's row.
 
         Returns:
-            Digests of update files that no row names any more.
+            What is forgotten with it: tasks that a return to the checkpoint before would not need.
         """
         connection.execute(
             insert(windows), {"run_id": self.run_id, **row._asdict(), "committed_at": time.time()}
@@ -167,7 +186,7 @@ class RunLedger:
             delete(journal).where(journal.c.run_id == self.run_id, journal.c.seq <= forget_before)
         )
         self.tell(connection, "round", json.loads(row.record))
-        return [] if previous is None else self._forget_tasks(connection, previous)
+        return Forgotten() if previous is None else self._forget_tasks(connection, previous, in_flight)
 
     def tell(self, connection: Connection, type: str, data: Mapping[str, Any]) -> None:
         """An event for watchers."""
@@ -183,25 +202,45 @@ class RunLedger:
         )
         self.tell(connection, "state", {"state": state, "detail": detail})
 
-    def _forget_tasks(self, connection: Connection, previous: Window) -> list[bytes]:
+    def _forget_tasks(
+        self, connection: Connection, previous: Window, in_flight: frozenset[bytes]
+    ) -> Forgotten:
         """Drop tasks and verdicts that a return to this checkpoint would not need."""
         folded = tasks.c.folded_in <= previous.version
         over = (tasks.c.state != "open") & tasks.c.folded_in.is_(None) & (tasks.c.window < previous.window)
-        old = (tasks.c.run_id == self.run_id) & (folded | over)
-        gone = connection.execute(
-            select(tasks.c.task_id, submissions.c.digest, submissions.c.place)
-            .select_from(tasks.outerjoin(submissions, tasks.c.task_id == submissions.c.task_id))
-            .where(old)
-        ).all()
-        names = [name for name, _, _ in gone]
-        for start in range(0, len(names), 500):
-            part = names[start : start + 500]
+        gone = self._named(connection, (tasks.c.run_id == self.run_id) & (folded | over), in_flight)
+        for start in range(0, len(gone.tasks), 500):
+            part = gone.tasks[start : start + 500]
             connection.execute(delete(submissions).where(submissions.c.task_id.in_(part)))
             connection.execute(delete(tasks).where(tasks.c.task_id.in_(part)))
-        files = {digest for _, digest, place in gone if place == "object"}
-        named = select(submissions.c.digest).where(submissions.c.digest.in_(files)) if files else None
-        kept = set() if named is None else set(connection.execute(named).scalars())
-        return sorted(files - kept)
+        return gone
+
+    def drop_bytes(self, connection: Connection) -> Forgotten:
+        """The run has ended for good: its journal goes, which its folder has too, and what rows name.
+
+        The verdicts of its last rounds stay for a while: a client may not have heard of its own yet.
+        """
+        gone = self._named(connection, tasks.c.run_id == self.run_id, frozenset())
+        connection.execute(delete(journal).where(journal.c.run_id == self.run_id))
+        nothing = {"message_digest": None, "lent_digest": None, "local": ""}
+        connection.execute(update(tasks).where(tasks.c.run_id == self.run_id).values(nothing))
+        still_open = (tasks.c.run_id == self.run_id) & (tasks.c.state == "open")
+        connection.execute(update(tasks).where(still_open).values(state="closed"))
+        empty = {"digest": None, "place": "", "size": 0, "body": b"", "signature": b"", "metrics": "{}"}
+        connection.execute(update(submissions).where(submissions.c.run_id == self.run_id).values(empty))
+        return gone
+
+    def _named(self, connection: Connection, which: ColumnElement[bool], but: frozenset[bytes]) -> Forgotten:
+        """Tasks, without those of `but`, and the objects that they and their answers name."""
+        stored = case((submissions.c.place == "object", submissions.c.digest))
+        rows = connection.execute(
+            select(tasks.c.task_id, tasks.c.message_digest, tasks.c.lent_digest, stored)
+            .select_from(tasks.outerjoin(submissions, tasks.c.task_id == submissions.c.task_id))
+            .where(which)
+        ).all()
+        rows = [row for row in rows if row[0] not in but]
+        digests = {digest for _, *named in rows for digest in named if digest}
+        return Forgotten([row[0] for row in rows], sorted(digests))
 
     def close_tasks(self, connection: Connection, ids: Sequence[bytes], state: str) -> None:
         """Tasks that nobody has to do any more."""
@@ -261,6 +300,12 @@ class RunLedger:
             ).all()
         found = [Entry(seq, window, kind, now, json.loads(text)) for seq, window, kind, now, text in rows]
         return [e for e in found if e.seq > (decision_seq if e.kind in DECISIONS else event_seq)]
+
+    def task_names(self) -> list[bytes]:
+        """Of every task that is not forgotten."""
+        with self.database.read() as connection:
+            found = select(tasks.c.task_id).where(tasks.c.run_id == self.run_id)
+            return list(connection.execute(found).scalars())
 
     def task_rows(self) -> list[Any]:
         """Every task that is not forgotten, with its verdict where it has one (else None)."""

@@ -14,7 +14,7 @@ from fedsim.pb import federation_pb2 as pb
 from fedsim.server.database import Database
 from fedsim.server.run_ledger import RunLedger
 from fedsim.server.run_thread import RunThread
-from fedsim.server.tables import events, runs, submissions, tasks, uploads
+from fedsim.server.tables import events, runs
 
 Row = Any  # of the table `runs`
 
@@ -93,16 +93,6 @@ class RunTable:
             pb.Event(revision=r.revision, run_id=r.run_id, type=r.type, data=r.data, time=r.time)
             for r in rows
         ]
-
-    def named_objects(self) -> set[bytes]:
-        """Digests of all objects that a row names."""
-        with self.database.read() as connection:
-            found = connection.execute(select(tasks.c.message_digest, tasks.c.lent_digest)).all()
-            named = {digest for row in found for digest in row if digest}
-            named |= set(connection.execute(select(submissions.c.digest)).scalars())
-            finished = select(uploads.c.digest).where(uploads.c.complete)
-            named |= set(connection.execute(finished).scalars())
-        return named
 
 
 def described(row: Row, thread: RunThread | None) -> pb.Run:

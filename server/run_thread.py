@@ -11,7 +11,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -21,7 +21,7 @@ from sqlalchemy import Connection
 
 from fedsim.errors import FedsimError, RunFailed
 from fedsim.federated_run import Record
-from fedsim.journal import Playback
+from fedsim.journal import Entry, Playback
 from fedsim.pb import federation_pb2 as pb
 from fedsim.printable import printable
 from fedsim.progress import Progress, progress_of, target_of
@@ -32,11 +32,12 @@ from fedsim.server.answers import answer_of
 from fedsim.server.board import Board
 from fedsim.server.failpoints import reached
 from fedsim.server.ledger_errors import StorageFull
+from fedsim.server.leftovers import Leftovers
 from fedsim.server.logs import fields
 from fedsim.server.members import Members
 from fedsim.server.planning import Planner
 from fedsim.server.remote import Past, RemoteEngine
-from fedsim.server.run_ledger import RunLedger, Window
+from fedsim.server.run_ledger import FINISHED, FOR_GOOD, Forgotten, RunLedger, Window
 from fedsim.server.run_state import Saved
 from fedsim.server.segments import Segments
 from fedsim.server.server_run import ServerRun
@@ -45,7 +46,6 @@ from fedsim.storage import sha256
 
 log = logging.getLogger(__name__)
 
-FINISHED = frozenset({"ok", "target", "early_stop", "stopped", "failed"})
 KEEP = 2  # states that a run can be taken up from
 MAX_RECOVERIES = 5
 NO_SPACE = "storage: no space left"
@@ -66,6 +66,7 @@ class RunThread(threading.Thread):
     Args:
         run: built, not yet joined; folder: its run folder.
         planner: makes its tasks.
+        leftovers: removes what it needs no more.
         on_ready: called with this thread once clients can be asked, and answers taken; on_end: at its end.
         on_change: called when watchers can be told something; on_window: with each committed
             record and the seconds of its phases.
@@ -81,6 +82,7 @@ class RunThread(threading.Thread):
         planner: Planner,
         members: Members,
         segments: Segments,
+        leftovers: Leftovers,
         on_ready: Callable[[RunThread], None],
         on_end: Callable[[RunThread], None],
         on_change: Callable[[], None],
@@ -89,14 +91,15 @@ class RunThread(threading.Thread):
         super().__init__(name=f"run-{ledger.run_id}", daemon=True)
         self.run_parts, self.folder = run, folder
         self.ledger, self.board, self.planner = ledger, board, planner
-        self.members, self.segments = members, segments
+        self.members, self.segments, self.leftovers = members, segments, leftovers
         self.on_ready, self.on_end = on_ready, on_end
         self.on_change, self.on_window = on_change, on_window
         self.engine: RemoteEngine
         self.progress: Progress = progress_of(run.config, run.evaluator.names)
         self.ending: Stop | None = None  # after the open round
         self.last_record: Record | None = None
-        self.out_of_space = False  # how it ended
+        self.ended_as = ""  # state of the run, once the thread has ended
+        self.out_of_space = False  # then
         self._halt: Stop | None = None  # at once
         self._archived = 0
         self._waited = 0.0  # seconds for clients, since the last window
@@ -104,8 +107,8 @@ class RunThread(threading.Thread):
         self._over = "running"  # how the run ended, where only its folder was not complete
         self._moved = (0, 0)  # bytes down and up since the last checkpoint
         self._previous: Window | None = None
+        self._flying: frozenset[bytes] = frozenset()  # tasks under way at the last checkpoint
         self._states: deque[str] = deque()  # files of checkpoints that are older than the last
-        self._doomed: deque[list[bytes]] = deque()  # bundles, by the checkpoint that needed them last
 
     # ------------------------------------------------------------ from other threads
 
@@ -166,7 +169,7 @@ class RunThread(threading.Thread):
         for record in self._rounds():
             improved = self.progress.improved(record, run.evaluator.names)
             if improved:
-                self.folder.save_model(run.model_tensors(), "best")
+                self.folder.save_model(run.model_tensors(copy=False), "best")
             outcome = "ok" if run.finished and record["outcome"] != "failed" else "running"
             if record["outcome"] != "failed" and met(record):
                 outcome = "target"
@@ -277,6 +280,7 @@ class RunThread(threading.Thread):
             self.progress = replace(self.progress, **saved.progress)
             if not run.synchronous:
                 self._take_up_flight(saved, rows)
+        self._close_strays(rows, saved, entries)
         run_folder.cut_back(self.folder, saved.folder, self.ledger.records())
         self._archived = run_folder.journalled(self.folder)
         self._forget = min(saved.decision_seq, saved.event_seq)
@@ -321,6 +325,20 @@ class RunThread(threading.Thread):
         federation.restore(federation.state, pairs[:, 0], pairs[:, 1], messages)
         self.engine.adopt(planned)
 
+    def _close_strays(self, rows: list[Any], saved: Saved, entries: list[Entry]) -> None:
+        """Tasks that the journal does not come to again: their answers were refused before the checkpoint."""
+        self._flying = frozenset(task.task_id for task in self.engine.tasks.values())
+        again = {name for e in entries if e.kind == "dispatch" for name in e.payload["tasks"]}
+        flying = set(saved.flying)
+        self.engine.cancelled = [
+            row["task_id"]
+            for row in rows
+            if row["state"] == "open"
+            and row["folded_in"] is None
+            and row["task_id"].hex() not in again
+            and (row["client"], row["version"]) not in flying
+        ]
+
     # ------------------------------------------------------------ committing
 
     def _commit(self, record: Record, outcome: str) -> None:
@@ -349,7 +367,7 @@ class RunThread(threading.Thread):
         self.on_change()
         done, spacing = record["round"], run.config.output.checkpoint_every
         if spacing and done and done % spacing == 0 and record["outcome"] != "failed":
-            folder.save_model(run.model_tensors(), f"round-{done:05d}")
+            folder.save_model(run.model_tensors(copy=False), f"round-{done:05d}")
 
     def _checkpoint(self, record: Record, outcome: str) -> None:
         run, engine, folder = self.run_parts, self.engine, self.folder
@@ -380,15 +398,16 @@ class RunThread(threading.Thread):
             index, attempt, state.version, record["outcome"], json.dumps(record), name, made.digest,
             engine.decision_seq, engine.now,
         )  # fmt: skip
-        previous, forget, moved = self._previous, self._forget, self._moved
+        previous, flying, forget, moved = self._previous, self._flying, self._forget, self._moved
 
-        def commit(connection: Connection) -> list[bytes]:
+        def commit(connection: Connection) -> Forgotten:
             return self.ledger.commit(
                 connection,
                 row,
                 folded=engine.folded,
                 cancelled=engine.cancelled,
                 previous=previous,
+                in_flight=flying,
                 forget_before=forget,
                 progress={"bytes_down": runs.c.bytes_down + moved[0], "bytes_up": runs.c.bytes_up + moved[1]},
             )
@@ -403,14 +422,14 @@ class RunThread(threading.Thread):
         self._forget = min(engine.decision_seq, engine.event_seq)
         self._clear_away(gone, previous)
         self._previous = row
+        pairs = zip(ids.tolist(), versions.tolist(), strict=True)
+        self._flying = frozenset(engine.tasks[pair].task_id for pair in pairs if pair in engine.tasks)
         reached("after_clearing")
 
-    def _clear_away(self, gone: Sequence[bytes], previous: Window | None) -> None:
+    def _clear_away(self, gone: Forgotten, previous: Window | None) -> None:
         """Files that a return to the checkpoint before would not need."""
         awaited = set(self.run_parts.federation.in_flight[1].tolist())
-        self._doomed.append([*gone, *self.planner.keep(awaited)])
-        if len(self._doomed) > KEEP:
-            self.planner.objects.remove(self._doomed.popleft())
+        self.leftovers.clear(Forgotten(gone.tasks, [*gone.objects, *self.planner.keep(awaited)]))
         if previous is None:
             return
         needed = previous.window
@@ -438,40 +457,38 @@ class RunThread(threading.Thread):
         self._end(state, detail)
 
     def _end(self, state: str, detail: str) -> None:
+        self.ended_as = state
         self.out_of_space = state == "paused" and detail.startswith(NO_SPACE)
-        self._say(state, detail)
+        gone = self._say(state, detail)
+        if gone is not None:
+            if state in FINISHED:
+                reached("after_end")
+            made = self.planner.keep(set())
+            self.leftovers.run_over(self.ledger.run_id, state, Forgotten(gone.tasks, [*gone.objects, *made]))
         self.on_end(self)
 
     def _finish(self, state: str, detail: str) -> None:
         reached("before_finish")
-        run, folder = self.run_parts, self.folder
-        if hasattr(run, "federation"):
-            folder.save_model(run.model_tensors(), "final")
-            done = run.federation.state.round_index
-        else:
-            done = 0
-        outcome: dict[str, Any] = {
-            "outcome": state,
-            "rounds": done,
-            "final": self.progress.final,
-            "best": self.progress.best,
-            "seconds": run.federation.state.clock if done else 0.0,
-        }
-        if state == "failed":
-            outcome["error"] = {"code": detail.partition(":")[0], "what": detail, "why": ""}
-        folder.finish(outcome)
-        if run.config.output.report:
-            from fedsim.runs.report import write_report
+        run_folder.complete(self.folder, self.run_parts, self.progress, state, detail)
 
-            write_report(folder, data=run.data, client_evaluation=None)
+    def _say(self, state: str, detail: str) -> Forgotten | None:
+        """Tell whoever watches; a ledger that cannot be written keeps its last word.
 
-    def _say(self, state: str, detail: str) -> None:
-        """Tell whoever watches; a ledger that cannot be written keeps its last word."""
+        Returns:
+            What the ledger stopped naming; None where it could not be written.
+        """
+
+        def say(connection: Connection) -> Forgotten:
+            self.ledger.set_state(connection, state, detail)
+            return self.ledger.drop_bytes(connection) if state in FOR_GOOD else Forgotten()
+
+        gone = None
         try:
-            self.ledger.database.writer.run(lambda c: self.ledger.set_state(c, state, detail))
+            gone = self.ledger.database.writer.run(say)
         except FedsimError as error:
             log.error("the run is %s (%s): %s", state, printable(detail), error.what, extra=self._about())
         self.on_change()
+        return gone
 
     def _about(self) -> dict[str, object]:
         """This run and its last round, for the fields of a line in the log."""

@@ -23,16 +23,18 @@ from fedsim.runs.folder import RunFolder
 from fedsim.server.board import OPEN, Board, OpenTask, RunFacts, UpdateLimits
 from fedsim.server.database import Database
 from fedsim.server.desk import Decision, Desk, Place
+from fedsim.server.leftovers import Leftovers
 from fedsim.server.logs import fields
 from fedsim.server.members import Candidate, Members
 from fedsim.server.objects import Objects
 from fedsim.server.planning import Planner
-from fedsim.server.run_ledger import RunLedger
+from fedsim.server.run_ledger import FINISHED, FOR_GOOD, Forgotten, RunLedger
 from fedsim.server.run_table import RunTable, described
-from fedsim.server.run_thread import FINISHED, MAX_RECOVERIES, NO_SPACE, RunThread
+from fedsim.server.run_thread import MAX_RECOVERIES, NO_SPACE, RunThread
 from fedsim.server.segments import Segments
 from fedsim.server.server_run import ServerRun, server_config
 from fedsim.server.tables import runs, submissions, tasks
+from fedsim.server.uploads import Uploads
 from fedsim.wire import client_config
 
 log = logging.getLogger(__name__)
@@ -50,7 +52,7 @@ class Runs:
     """Thread-safe; the service and operators call it.
 
     Args:
-        database, objects, segments: of the coordinator.
+        database, objects, segments, uploads: of the coordinator.
         state: its folder; run folders lie in ``runs/`` below it.
         key: of the server, which signs tasks.
         candidates: (label expression, node ids) -> those of them that are approved clients and fit.
@@ -63,6 +65,7 @@ class Runs:
         database: Database,
         objects: Objects,
         segments: Segments,
+        uploads: Uploads,
         state: Path,
         key: Key,
         *,
@@ -71,11 +74,13 @@ class Runs:
         lease_seconds: float,
     ) -> None:
         self.database, self.objects, self.segments = database, objects, segments
+        self.leftovers = Leftovers(database, objects, segments, uploads)
         self._table = RunTable(database)
         self.runs_folder = state / "runs"
         self.board = Board(key)
         self.on_events: Callable[[], None] = lambda: None
         self.on_window: OnWindow = lambda run, name, record, phases: None
+        self.on_over: Callable[[str], None] = lambda name: None  # no run of this name goes on
         self._candidates = candidates
         self._inline_bytes, self._lease_seconds = inline_bytes, lease_seconds
         self._door = threading.RLock()
@@ -165,6 +170,10 @@ class Runs:
             return self._closed_run()
         return Decision(pb.LATE, "late", "the round closed without this answer")
 
+    def forget_objects(self, digests: Sequence[bytes]) -> None:
+        """Remove those that no row names; waits for the disk."""
+        self.leftovers.clear(Forgotten(objects=digests))
+
     def set_online(self, node_ids: frozenset[str]) -> None:
         """These nodes are there."""
         now = time.monotonic()
@@ -240,28 +249,32 @@ class Runs:
         """Stop a run at once, to be resumed."""
         row = self._table.find(run)
         self._full.pop(row.run_id, None)
-        thread = self._threads.get(row.run_id)
+        thread = self._thread(row.run_id)
         if thread is not None:
             thread.halt("paused", "by an operator")
             thread.join()
         return self.get(row.run_id)
 
     def resume(self, run: str) -> pb.Run:
-        """Go on with a run that is paused, stopped or failed."""
-        row = self._table.find(run)
+        """Go on with a run that is paused, stopped or failed; one that came to its end stays as it is."""
+        run_id = self._table.find(run).run_id
+        self._thread(run_id)
         with self._door:
-            if row.run_id not in self._threads:
+            row = self._table.find(run_id)
+            if row.run_id not in self._threads and row.state not in FOR_GOOD:
                 self._set_state(row.run_id, "running", "taken up")
                 self._take_up(row)
         return self.get(row.run_id)
 
     def stop(self, run: str, now: bool) -> pb.Run:
         """End a run, after its open round or at once."""
+        thread = self._thread(self._table.find(run).run_id)
         row = self._table.find(run)
-        thread = self._threads.get(row.run_id)
         if thread is None:
             if row.state not in FINISHED:
                 self._set_state(row.run_id, "stopped", "by an operator")
+                self.leftovers.run_over(row.run_id, "stopped", Forgotten())
+                self._say_over(row.name)
         elif now:
             thread.halt("stopped", "by an operator")
             thread.join()
@@ -283,7 +296,7 @@ class Runs:
     def recover(self) -> None:
         """Take up every run that was running when the coordinator ended; start watching over tasks."""
         self._sweeper.start()
-        self.objects.sweep(self._table.named_objects())
+        self.leftovers.sweep()
         for row in self._table.all():
             waits_for_space = row.state == "paused" and row.detail.startswith(NO_SPACE)
             if row.state not in ("running", "stopping") and not waits_for_space:
@@ -353,6 +366,7 @@ class Runs:
             planner=planner,
             members=members,
             segments=self.segments,
+            leftovers=self.leftovers,
             on_ready=self._ready,
             on_end=self._ended,
             on_change=lambda: self.on_events(),
@@ -383,6 +397,20 @@ class Runs:
                 self._wait_for_space(thread.ledger.run_id, again=thread.last_record is None)
             else:
                 self._full.pop(thread.ledger.run_id, None)
+            if thread.ended_as in FINISHED:
+                self._say_over(thread.planner.facts.name)
+
+    def _thread(self, run_id: str) -> RunThread | None:
+        """The thread of a run that goes on; one whose last word is said already is waited for."""
+        thread = self._threads.get(run_id)
+        if thread is not None and thread.ended_as:
+            thread.join()
+            return None
+        return thread
+
+    def _say_over(self, name: str) -> None:
+        if all(thread.planner.facts.name != name for thread in self._threads.values()):
+            self.on_over(name)
 
     def _wait_for_space(self, run_id: str, *, again: bool) -> None:
         first, most = SPACE_SECONDS

@@ -183,6 +183,14 @@ class Segments:
             with suppress(OSError):
                 self.path(window).unlink(missing_ok=True)
 
+    def forget_run(self, run_id: str) -> None:
+        """Delete every segment of a run."""
+        for window in self.present():
+            if window.run_id == run_id:
+                self.remove(window)
+        with suppress(OSError):  # not there, or something else lies in it
+            (self.folder / run_id).rmdir()
+
     def present(self) -> list[Window]:
         """The windows that have a file, for the sweep at start; in order."""
         found = []

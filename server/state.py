@@ -81,6 +81,7 @@ class State:
             self.database,
             self.objects,
             segments,
+            self.uploads,
             folder,
             self.key,
             candidates=self.nodes.candidates,

@@ -8,16 +8,14 @@ from __future__ import annotations
 import json
 import os
 import socket
-import sys
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
+from fedsim.file_lock import try_lock
 from fedsim.server.ledger_errors import LedgerInUse, file_trouble
 
 LOCK = "lock"
-# Windows locks bytes, and nobody else can read those: one far behind the text is taken.
-_FAR = 1 << 30
 
 
 class StateLock:
@@ -40,7 +38,7 @@ class StateLock:
         except OSError as error:
             raise file_trouble(error, path) from error
         try:
-            if not _lock(handle):
+            if not try_lock(handle):
                 raise _in_use(folder, handle)
             owner = {"pid": os.getpid(), "host": socket.gethostname(), "start": _now()}
             try:
@@ -81,24 +79,3 @@ def _in_use(folder: Path, handle: int) -> LedgerInUse:
         else "its owner has not written its name yet",
         hint="stop that one first, or give this one a folder of its own with --state DIR",
     )
-
-
-def _lock(handle: int) -> bool:
-    if sys.platform == "win32":
-        import msvcrt
-
-        os.lseek(handle, _FAR, os.SEEK_SET)
-        try:
-            msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
-        except OSError:
-            return False
-        finally:
-            os.lseek(handle, 0, os.SEEK_SET)
-        return True
-    import fcntl
-
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True

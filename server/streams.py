@@ -23,6 +23,7 @@ from fedsim.pb import federation_pb2 as pb
 from fedsim.server.calls import Refused
 from fedsim.server.frames import Piece, chunk_message
 from fedsim.server.slots import Slot, Slots
+from fedsim.server.upload_stream import SYNC_SECONDS
 
 if TYPE_CHECKING:
     from fedsim.server.runs import Runs
@@ -165,8 +166,23 @@ class Streams:
     async def _receive(
         self, slot: Slot, upload: Upload, steps: _Steps, start: pb.UploadStart, context: Any
     ) -> pb.UploadStatusReply:
-        writing: asyncio.Future[None] | None = None
-        while (frame := await self._next_frame(slot, context, writing)) is not None:
+        writing: asyncio.Future[Any] | None = None
+
+        def make_safe() -> None:
+            """Nothing came for a while: what arrived shall not have to be sent again."""
+            nonlocal writing
+            if writing is None or (writing.done() and not writing.cancelled() and not writing.exception()):
+                writing = steps.begin(upload.sync)
+                writing.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
+
+        while True:
+            pause = asyncio.get_running_loop().call_later(SYNC_SECONDS, make_safe)
+            try:
+                frame = await self._next_frame(slot, context, writing)
+            finally:
+                pause.cancel()
+            if frame is None:
+                break
             if writing is not None:
                 await writing
             piece = frame if isinstance(frame, Piece) else _piece(frame)
@@ -196,11 +212,11 @@ class Streams:
         return start
 
     async def _next_frame(
-        self, slot: Slot, context: Any, writing: asyncio.Future[None] | None
+        self, slot: Slot, context: Any, writing: asyncio.Future[Any] | None
     ) -> Piece | pb.UploadFrame | None:
         """The next frame, None at the end of the stream; a failure of the writing before it is raised."""
 
-        def end_wait(future: asyncio.Future[None]) -> None:
+        def end_wait(future: asyncio.Future[Any]) -> None:
             if not future.cancelled() and future.exception() is not None:
                 slot.cut(Refused(StatusCode.ABORTED, "what was sent before could not be written"))
 

@@ -78,6 +78,8 @@ class Submissions:
         found = await self._weighed(task, body, request, peer.node_id)
         if isinstance(found, Place):
             future = self._runs.accept(task, body, request, found)
+            if found.content is None and found.digest != body.update.digest:
+                future.add_done_callback(lambda _: self._parts.disk.submit(self._let_go, found.digest))
         else:
             future = self._runs.reject(task, body, request, found.reason, found.text)
         return self._counted(Outcome(await self._completions.of(future), task))
@@ -126,8 +128,18 @@ class Submissions:
         digest, size = clipped.object
         if isinstance(clipped.content, bytes):
             return Place(digest, size, clipped.content)
-        self._parts.objects.adopt(clipped.content, digest)
+        self._parts.objects.hold(digest)
+        try:
+            self._parts.objects.adopt(clipped.content, digest)
+        except BaseException:
+            self._parts.objects.release(digest)
+            raise
         return Place(digest, size, None)
+
+    def _let_go(self, digest: bytes) -> None:
+        """A shortened update is named by its answer from now on, or it was not accepted and goes."""
+        self._parts.objects.release(digest)
+        self._runs.forget_objects([digest])
 
     def _counted(self, outcome: Outcome) -> Outcome:
         decision = outcome.decision

@@ -15,6 +15,7 @@ from fedsim.server.database import Database
 from fedsim.server.ledger_errors import LedgerProblem, StorageFull
 from fedsim.server.tables import uploads as table
 
+_AT_ONCE = 500  # values in one statement
 RETRY_SECONDS = 30.0
 """The delay told to whoever finds no room."""
 
@@ -78,13 +79,6 @@ class Row(NamedTuple):
     updated: float
 
 
-class Promised(NamedTuple):
-    """What the other unfinished uploads may still take: bytes in all, and bytes not yet here."""
-
-    total: int
-    to_come: int
-
-
 _SELECT = select(*[table.c[name] for name in Row._fields])
 
 
@@ -111,7 +105,7 @@ class UploadRows:
         """Every row."""
         return self._read(None)
 
-    def claim(self, asked: Row, room: Callable[[Promised, Row], None], drop: Callable[[Row], None]) -> Row:
+    def claim(self, asked: Row, room: Callable[[int, Row], None], drop: Callable[[Row], None]) -> Row:
         """The row of an upload that begins or goes on, for the generation that asks.
 
         Args:
@@ -151,12 +145,11 @@ class UploadRows:
 
         return self._database.writer.run(operation)
 
-    def _promised(self, connection: Connection, without: Sequence[Row]) -> Promised:
+    def _promised(self, connection: Connection, without: Sequence[Row]) -> int:
+        """Bytes of the other unfinished uploads that are not here yet."""
         open_rows = and_(~table.c.complete, table.c.strikes < self._max_strikes, *[~_is(r) for r in without])
-        total, here = connection.execute(
-            select(func.sum(table.c.size), func.sum(table.c.offset)).where(open_rows)
-        ).one()
-        return Promised(int(total or 0), int((total or 0) - (here or 0)))
+        to_come = func.sum(table.c.size - table.c.offset)
+        return int(connection.execute(select(to_come).where(open_rows)).scalar() or 0)
 
     def advance(self, row: Row, offset: int, *, complete: bool = False) -> Row:
         """Record bytes that are safe on the disk.
@@ -186,10 +179,10 @@ class UploadRows:
 
     def forget_stale(
         self, before: float, live: frozenset[tuple[str, bytes]], drop: Callable[[Row], None]
-    ) -> int:
+    ) -> list[Row]:
         """Delete rows and files that did not move since `before`, except those of open streams."""
 
-        def operation(connection: Connection) -> int:
+        def operation(connection: Connection) -> list[Row]:
             stale = [
                 row for row in _rows(connection, table.c.updated < before)
                 if (row.node_id, row.upload_id) not in live
@@ -197,24 +190,30 @@ class UploadRows:
             for row in stale:
                 drop(row)
                 connection.execute(delete(table).where(_is(row)))
-            return len(stale)
+            return stale
 
         return self._database.writer.run(operation)
 
     def forget_tasks(self, task_ids: Sequence[bytes], drop: Callable[[Row], None]) -> list[Row]:
         """Delete rows and files of tasks; returns the rows."""
+        starts = range(0, len(task_ids), _AT_ONCE)
+        parts = [table.c.task_id.in_(task_ids[start : start + _AT_ONCE]) for start in starts]
+
+        def found(connection: Connection) -> list[Row]:
+            return [row for part in parts for row in _rows(connection, part)]
 
         def operation(connection: Connection) -> list[Row]:
-            gone: list[Row] = []
-            # One by one: the number of values in one IN is bounded.
-            for task_id in task_ids:
-                gone += _rows(connection, table.c.task_id == task_id)
-                connection.execute(delete(table).where(table.c.task_id == task_id))
+            gone = found(connection)
+            for part in parts:
+                connection.execute(delete(table).where(part))
             for row in gone:
                 drop(row)
             return gone
 
-        return self._database.writer.run(operation)
+        # Most tasks have no upload: the writer is not kept from its work for them.
+        with self._database.read() as connection:
+            some = bool(found(connection))
+        return self._database.writer.run(operation) if some else []
 
     def _read(self, condition: ColumnElement[bool] | None) -> list[Row]:
         with self._database.read() as connection:

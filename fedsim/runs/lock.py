@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from fedsim.errors import EnvironmentProblem
+from fedsim.file_lock import try_lock
 from fedsim.storage import problem
 
 LOCK = ".lock"
@@ -26,7 +26,7 @@ def locked(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise problem(error, folder / LOCK) from error
     try:
-        if not _take(handle):
+        if not try_lock(handle):
             raise EnvironmentProblem(
                 f"another process is writing the run {folder.name}",
                 code="FS-ENV-025",
@@ -45,24 +45,6 @@ def is_locked(folder: Path) -> bool:
     except OSError:
         return False  # never locked, or not ours to write
     try:
-        return not _take(handle)
+        return not try_lock(handle)
     finally:
         os.close(handle)
-
-
-def _take(handle: int) -> bool:
-    if sys.platform == "win32":
-        import msvcrt
-
-        try:
-            msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
-        except OSError:
-            return False
-        return True
-    import fcntl
-
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True

@@ -98,7 +98,10 @@ def _carry_on(task: Task, place: Place, stop: _Stop) -> tuple[str, Mapping[str, 
         sim, progress = resume(folder)
         folder.add_session(task.command)
     else:
-        sim, progress = Simulation(config_from(task.config, {})), None
+        config = config_from(task.config, {})
+        if config.engine.workers is None:  # a cell is one process: others are at work beside it
+            config = config_from(config, {"engine": {"workers": 1}})
+        sim, progress = Simulation(config), None
         if stop():  # before anything was written
             return "interrupted", None
         folder = _begin(task, place, sim)

@@ -178,12 +178,15 @@ def _folder(parts: Sequence[str]) -> str:
 def differing(cell: Cell, then: Config) -> dict[str, tuple[Any, Any]]:
     """Keys in which a run's configuration is another than the cell's: key -> (then, now).
 
-    What an engine was chosen by itself, the name and what is written do not count.
+    What an engine was chosen by itself, how many processes trained, the name and what is written do not
+    count.
     """
-    free = {"engine": {"name": cell.config.engine.name, "block": cell.config.engine.block}}
-    chosen = cell.config.engine.name == "auto"
+    engine = cell.config.engine
+    free: dict[str, Any] = {"workers": engine.workers}
+    if engine.name == "auto":
+        free |= {"name": engine.name, "block": engine.block}
     mine = to_dict(cell.config)
-    theirs = to_dict(config_from(then, free) if chosen else then)
+    theirs = to_dict(config_from(then, {"engine": free}))
     found = {}
     for table in dict.fromkeys([*mine, *theirs]):
         if table == "output":

@@ -83,7 +83,7 @@ def at_most(size: int) -> Callable[[], None]:
         ("data.partition.alhpa=0.3", "FS-CFG-004", ("did you mean `alpha`?", "[data.partition]")),
         ("run.rounds=many", "FS-CFG-005", ("run.rounds", "whole number")),
         ("round.sample=99", "FS-CFG-061", ("[round] sample = 99", "8 are registered")),
-        ("engine.name=fast", "FS-REG-001", ("[engine]", "loop, stacked")),
+        ("engine.name=fast", "FS-REG-001", ("[engine]", "fused, stacked, flat, loop")),
     ],
 )
 def test_a_mistake_in_the_configuration_names_the_key_and_the_remedy(

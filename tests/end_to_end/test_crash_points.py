@@ -22,6 +22,9 @@ ROUNDS = 4
 # Points of the service's own are reached by what crosses a socket.
 OF_UPLOADS = {"object_renamed", "upload_synced"}
 HERE = sorted(set(POINTS) - OF_UPLOADS)
+ONCE = ["before_finish", "after_end"]
+"""Reached at the end of a run alone."""
+EVERY_ROUND = [point for point in HERE if point not in (*ONCE, "after_settle")]
 
 
 def cases(folder: Path, values: dict[str, Any], points: list[list[str]]) -> list[dict[str, Any]]:
@@ -52,8 +55,8 @@ def settings(strategy: str, **tables: Any) -> dict[str, Any]:
 
 def test_a_round_goes_on_after_a_crash_at_each_point_to_the_very_same_model(tmp_path: Path) -> None:
     values = settings("scaffold")
-    points = [[]] + [[f"{point}:2"] for point in HERE if point not in ("after_settle", "before_finish")]
-    points += [["before_finish"], ["after_plan:2", "after_state:2", "after_accept:3"]]
+    points = [[]] + [[f"{point}:2"] for point in EVERY_ROUND]
+    points += [*([point] for point in ONCE), ["after_plan:2", "after_state:2", "after_accept:3"]]
     whole, *crashed = cases(tmp_path, values, points)
     assert whole["state"] == "ok"
     assert whole["digest"] == whole["replayed"]
@@ -83,7 +86,7 @@ def test_an_asynchronous_run_equals_the_replay_of_its_ledger_after_crashes(
     values["run"]["rounds"] = 7
     points = [["after_commit:3"], ["after_plan:3"], ["one_folded:3"]]
     if every > 1:
-        points = [[f"{point}:2"] for point in HERE if point not in ("after_settle", "before_finish")]
+        points = [[f"{point}:2"] for point in EVERY_ROUND] + [[point] for point in ONCE]
     for case in cases(tmp_path, values, [*points, ["after_accept:2", "after_plan:4", "one_folded:5"]]):
         assert case["codes"][-1] == 0
         assert KILLED in case["codes"], case["points"]

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from fedsim.cli import call
 from fedsim.client.settings import client_settings, labels_of
 from fedsim.errors import ConfigError, EnvironmentProblem
 
@@ -57,6 +58,9 @@ def test_a_bundle_that_others_can_read_is_refused(tmp_path: Path) -> None:
         ({"server": "lab:1", "name": "../x"}, "FS-CFG-110"),
         ({"server": "lab:1", "server_id": "12"}, "FS-CFG-113"),
         ({"server": "lab:1", "insecure": True, "insecure_beyond_loopback": True}, "FS-CFG-112"),
+        ({"server": "lab:1", "server_id": SERVER, "insecure": True}, "FS-SEC-004"),
+        ({"server": "lab:1", "insecure_beyond_loopback": True}, "FS-SEC-004"),
+        ({"server": "127.0.0.1:1", "insecure": True, "ca": Path("ca.pem")}, "FS-SEC-004"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(flags: dict[str, Any], code: str) -> None:
@@ -88,3 +92,11 @@ def test_labels_are_read_as_written() -> None:
     with pytest.raises(ConfigError) as raised:
         labels_of(["a b=c"])
     assert raised.value.code == "FS-CFG-114"
+
+
+def test_a_client_that_may_not_speak_plain_text_leaves_no_folder_behind(tmp_path: Path) -> None:
+    state = tmp_path / "state"
+    flags = ["--server", "hub.example.org:8470", "--state", str(state), "--insecure"]
+    (tmp_path / "client.toml").write_text(f'server_id = "{SERVER}"\n')
+    assert call(["client", *flags, "--config", str(tmp_path / "client.toml")]) == 2
+    assert not state.exists()

@@ -187,19 +187,6 @@ def test_facts_are_kept_and_the_incarnation_only_grows(used: Path) -> None:
     database.close()
 
 
-def test_a_copy_is_whole_while_work_goes_on(used: Path, tmp_path: Path) -> None:
-    database = open_database("", used)
-    database.writer.run(add_event("in the log only"))
-    (tmp_path / "copy").mkdir()
-    database.copy_to(tmp_path / "copy" / "fedsim.db")
-    database.writer.run(add_event("after the copy"))
-    database.close()
-    assert list(contents(tmp_path / "copy")) == ["fedsim.db"]
-    restored = open_database("", tmp_path / "copy")
-    assert told(restored) == ["kept", "in the log only"]
-    restored.close()
-
-
 # ------------------------------------------------------------ a process that dies (R29)
 
 

@@ -6,7 +6,7 @@ import errno
 import hashlib
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -44,7 +44,6 @@ def test_bytes_are_found_under_their_digest(objects: Objects) -> None:
     assert objects.has(found.digest)
     assert objects.size(found.digest) == 5
     assert objects.read(found.digest) == b"model"
-    assert objects.intact(found.digest)
     assert files(objects) == [objects.path(found.digest)]
     assert objects.path(found.digest).stat().st_mode & 0o077 == 0
 
@@ -71,7 +70,7 @@ def test_threads_that_store_the_same_leave_one_object(objects: Objects) -> None:
     for thread in threads:
         thread.join(10)
     assert files(objects) == [objects.path(digest_of(content))]
-    assert objects.intact(digest_of(content))
+    assert objects.read(digest_of(content)) == content
 
 
 @pytest.mark.parametrize("name", [b"", b"\0" * 31, b"\0" * 33, "a" * 32])
@@ -105,19 +104,17 @@ def test_another_length_under_a_name_is_put_right(objects: Objects) -> None:
     found = objects.put(b"model")
     objects.path(found.digest).write_bytes(b"mod")
     objects.put(b"model")
-    assert objects.intact(found.digest)
+    assert objects.read(found.digest) == b"model"
 
 
 def test_a_damaged_or_missing_object_is_noticed(objects: Objects) -> None:
     found = objects.put(b"model")
     objects.path(found.digest).write_bytes(b"modem")
-    assert not objects.intact(found.digest)
     with pytest.raises(EnvironmentProblem) as caught:
         objects.read(found.digest)
     assert caught.value.code == "FS-LED-012"
     objects.remove([found.digest, digest_of(b"never there")])
     assert not objects.has(found.digest)
-    assert not objects.intact(found.digest)
     with pytest.raises(EnvironmentProblem) as caught:
         objects.read(found.digest)
     assert caught.value.code == "FS-LED-012"
@@ -198,3 +195,24 @@ def test_the_sweep_takes_unfinished_files_and_orphans_only(objects: Objects) -> 
     assert objects.sweep({kept.digest}) == 2
     assert files(objects) == sorted([objects.path(kept.digest), stranger, objects.folder / "note.txt"])
     assert not objects.has(orphan.digest)
+
+
+def test_what_is_held_or_named_stays_when_it_is_to_be_removed(objects: Objects) -> None:
+    held, named, free = (objects.put(content).digest for content in (b"held", b"named", b"free"))
+    asked: list[bytes] = []
+
+    def names(digests: Sequence[bytes]) -> set[bytes]:
+        asked.extend(digests)
+        return {named}
+
+    objects.hold(held)
+    objects.hold(held)
+    objects.remove([held, named, free, digest_of(b"never there")], unless=names)
+    assert sorted(asked) == sorted([named, free]), "nothing is asked about what stays anyhow"
+    assert [objects.has(digest) for digest in (held, named, free)] == [True, True, False]
+    objects.release(held)
+    objects.remove([held])
+    assert objects.has(held), "the other one holds it still"
+    objects.release(held)
+    objects.remove([held])
+    assert not objects.has(held)

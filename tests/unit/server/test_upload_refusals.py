@@ -182,23 +182,6 @@ def test_finished_uploads_of_a_task_are_bounded(server: Server) -> None:
     assert refused(lambda: server.start(upload=4)).status is StatusCode.PERMISSION_DENIED
 
 
-def test_beyond_the_budget_comes_a_delay(tmp_path: Path) -> None:
-    server = Server(tmp_path, budget_bytes=2500)
-    first, second = server.start(), server.start(upload=2, task=2)
-    error = refused(lambda: server.start(upload=3, task=3))
-    assert error.status is StatusCode.RESOURCE_EXHAUSTED
-    assert error.retry_seconds
-    assert len(server.files()) == 2
-    first.close()
-    server.start(generation=2).close()  # what goes on needs no new space
-    send(second, 0, 1000)
-    second.finish()
-    server.start(upload=3, task=3).close()
-    server.uploads.budget_bytes = 0
-    assert refused(lambda: server.start(upload=4, task=4)).status is StatusCode.RESOURCE_EXHAUSTED
-    server.close()
-
-
 def test_the_disk_is_never_filled_to_the_brim(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     server.uploads._keep_free_bytes = 10_000
     usage = shutil.disk_usage(server.folder)
