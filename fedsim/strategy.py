@@ -30,7 +30,9 @@ from fedsim.types import (
 )
 
 _BLOCK = 1 << 18  # values of a piece: few enough for the cache, and enough to share between threads
-_TABLE = 1 << 20  # float64 values of many rows at a time
+_TABLE = 1 << 20  # float64 values of many rows at a time, on a GPU
+# Rows and columns that are added at a time on a CPU, measured: tiles of 2 to 4 MB of float64.
+_FLAT_TILE, _TALL_TILE, _MANY_ROWS = (16, 1 << 15), (64, 1 << 12), 256
 
 State = Any  # each strategy's own named tuple of tensors and numbers
 Sums = dict[str, Tensor]
@@ -124,16 +126,21 @@ def uniformly(state: State, meta: Meta) -> tuple[Floats, Bools]:
 
 
 def weighted_sum(weights: Floats | Tensor, rows: Tensor) -> Tensor:
-    """Σ_i w_i rows_i over [b, D] in float64, by column blocks so that no [b, D] copy is made."""
+    """Σ_i w_i rows_i over [b, D] in float64, by tiles so that no [b, D] copy is made."""
     w = torch.as_tensor(weights, dtype=torch.float64, device=rows.device)
     if len(rows) == 1:
         return _by_blocks(lambda row: row.double() * w[0], rows[0], dtype=torch.float64)
-    width = max(1, _TABLE // len(rows))
-    parts = torch.split(rows, width, dim=1)
     if rows.device.type != "cpu":
-        return torch.cat([w @ part.double() for part in parts])
-    memory = torch.empty(len(rows) * min(width, rows.shape[1]), dtype=torch.float64)
-    return torch.cat([w @ _doubled(part, memory) for part in parts])
+        width = max(1, _TABLE // len(rows))
+        return torch.cat([w @ part.double() for part in torch.split(rows, width, dim=1)])
+    # The shape of a tile must not depend on D: columns of a piece of the rows get the same bits.
+    height, width = _FLAT_TILE if len(rows) < _MANY_ROWS else _TALL_TILE
+    memory = torch.empty(min(height, len(rows)) * min(width, rows.shape[1]), dtype=torch.float64)
+    total = torch.zeros(rows.shape[1], dtype=torch.float64)
+    for columns, sums in zip(torch.split(rows, width, dim=1), torch.split(total, width), strict=True):
+        for tile, part in zip(torch.split(columns, height), torch.split(w, height), strict=True):
+            sums.add_(part @ _doubled(tile, memory))
+    return total
 
 
 def _doubled(part: Tensor, memory: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """Which engine runs a configuration, and in how many processes: a static rule, never a timing.
 
-The rule looks at the model, at the local algorithm and at the cohort. The choice and its reason are
-written into the resolved configuration. The number of processes depends on the machine, but changes no
-number: blocks are planned, and folded in the order of the plan, without it.
+The rule looks at the model, at the local algorithm, at the cohort and at the number of cores. The choice
+and its reason are written into the resolved configuration, from which a run is resumed and verified. The
+number of processes changes no number: blocks are planned, and folded in the order of the plan, without it.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ LARGEST_BLOCK = 1024
 # A round with less work is over before other processes have heard of it. One parameter counts as one
 # multiply-add for an example and a pass; convolutions, which use theirs more often, only do more.
 POOL_MULTIPLY_ADDS = 300_000_000
-# Into so many blocks such a round is cut at least, on any machine, so that processes have something to share.
-LEAST_BLOCKS = 8
+# Into so many blocks for each core such a round is cut at least, so that processes have something to share.
+LEAST_BLOCKS = 2
 
 
 class Choice(NamedTuple):
@@ -115,7 +115,7 @@ def choose(
     block = 1
     if name in ("fused", "stacked"):
         sized = fused_block(place, spec, cohort) if name == "fused" else block_size(place, spec, cohort)
-        block = asked.block or (min(sized, -(-cohort // LEAST_BLOCKS)) if long else sized)
+        block = asked.block or (min(sized, -(-cohort // (LEAST_BLOCKS * cores()))) if long else sized)
     workers = 1
     if long and place.clients.device.type == "cpu" and why_no_fork(None) is None:
         workers = min(cores(), -(-cohort // block))

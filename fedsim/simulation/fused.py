@@ -8,6 +8,7 @@ every step the ones that still work are a prefix.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -36,9 +37,8 @@ _IN_ROWS_BYTES = 256 << 10
 # Rows of a client between two updates of a large first layer: with more of them the products with its
 # weights are faster, and the table of the inputs' products grows.
 _WINDOW_ROWS = 64
-# Parameters of one block: half of a last-level cache of 32 MB and less, and on two processes still
-# several blocks each.
-_BLOCK_BYTES = 12 << 20
+# Parameters of one block: half of a last-level cache of 32 MB.
+_BLOCK_BYTES = 16 << 20
 
 
 class FusedTrainer:
@@ -47,6 +47,9 @@ class FusedTrainer:
     Args:
         place: what the clients share.
         block: C, most clients in a block.
+
+    Attributes:
+        room: makes the memory of reported rows, None for memory of its own.
 
     Raises:
         ModelError: the model is not made of linear layers and pointwise activations.
@@ -63,6 +66,7 @@ class FusedTrainer:
         self.layers: Layers = layers
         self.loss = LOSSES[place.clients.data.dataset.task]
         self.scratch = Scratch(place.spec.dtype, place.clients.device)
+        self.room: Callable[[tuple[int, ...], torch.dtype], Tensor] | None = None
 
     def plan(self, steps: Ids) -> list[Ids]:
         return by_size(steps, self.block)
@@ -143,7 +147,11 @@ class FusedTrainer:
     def _room(self, clients: int, *, in_rows: bool) -> tuple[Tensor | None, dict[str, Tensor]]:
         """Memory for the rows that are reported and for each parameter's stack, which may lie in them."""
         spec, device = self.place.spec, self.place.clients.device
-        rows = torch.empty((clients, spec.size), dtype=spec.dtype, device=device) if in_rows else None
+        rows: Tensor | None = None
+        if in_rows and self.room is not None:
+            rows = self.room((clients, spec.size), spec.dtype)
+        elif in_rows:
+            rows = torch.empty((clients, spec.size), dtype=spec.dtype, device=device)
         values: dict[str, Tensor] = {}
         for (name, part), shape in zip(spec.slices().items(), spec.shapes, strict=True):
             size = part.stop - part.start

@@ -112,7 +112,10 @@ class Lazy:
             if added is not None and self.drift is not None:
                 extra = None if bias is None or bias.added is None else bias.added[client]
                 self._product(self.drift[client], x, added[client], extra, padded)
-            self._fill(table, x, 0, taken, n)
+            if self.onednn:
+                table[:n, :n].copy_(onednn.linear(x, x, None))
+            else:
+                self._fill(table, x, 0, taken, n)
             if n < padded:
                 table[n:padded].zero_()
         if bias is not None:

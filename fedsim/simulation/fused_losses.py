@@ -42,8 +42,13 @@ class CrossEntropy:
         k, rows, classes = outputs.shape
         part = slice(start, start + k * rows)
         logs, shares = self.log_shares[part], self.shares[part]
-        torch.log_softmax(outputs.view(k * rows, classes), 1, out=logs)
+        # By hand: torch's own takes three times as long for many short rows.
+        flat = outputs.view(k * rows, classes)
+        torch.sub(flat, flat.amax(1, keepdim=True), out=logs)
         torch.exp(logs, out=shares)
+        total = shares.sum(1, keepdim=True)
+        logs.sub_(total.log())
+        shares.div_(total)
         torch.addcmul(self.wanted[part], shares, self.weights[part], out=shares)
         return shares.view(k, rows, classes)
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
-from fedsim.local import LocalAlgorithm
+from fedsim.local import LocalAlgorithm, no_terms
 from fedsim.simulation.fused_stacks import Motion
 from fedsim.vector import Vector
 
@@ -49,6 +49,8 @@ class AffineTask(NamedTuple):
         """a and b of all clients, as what a step does."""
         assert self.algorithm.terms is not None
         terms = self.algorithm.terms
+        if terms is no_terms:
+            return Motion(1.0 - rate * weight_decay, rate, None)
         numbers: list[float] = []  # a, where it is a plain number
 
         def found(_: Tensor, msg: Any, lent: Any, state: Any) -> Any:

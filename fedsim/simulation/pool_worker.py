@@ -31,8 +31,9 @@ from fedsim.runs.lock import LOCK
 from fedsim.simulation import pool_messages
 from fedsim.simulation.allocator import settle_allocator
 from fedsim.simulation.crew import Bench, Order
+from fedsim.simulation.fused import FusedTrainer
 from fedsim.simulation.pool_messages import Overheard, Words, told
-from fedsim.simulation.shared import Memory, pack, unpack
+from fedsim.simulation.shared import Memory, Room, pack, unpack
 from fedsim.training.answer import Answer
 from fedsim.training.work import Work
 from fedsim.types import Message
@@ -146,8 +147,11 @@ class Desk:
             self._algorithm = spec, bench.algorithm(spec)
         order = self._order(words, spec, bench)
         _seed_others(bench, order.work)
+        room = Room(memory, words["end"])
+        if isinstance(bench.trainer, FusedTrainer):
+            bench.trainer.room = room.take
         found = order.carry_out(bench, self._algorithm[1])
-        packed = pack(plain(found), memory, words["end"])
+        packed = pack(plain(found), memory, room.end, room=room)
         return {"answer": packed.form, "size": packed.end}
 
     def _order(self, words: Words, spec: LocalSpec, bench: Bench) -> Order:

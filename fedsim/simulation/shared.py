@@ -8,6 +8,7 @@ holds.
 
 from __future__ import annotations
 
+import math
 import mmap
 import os
 import sys
@@ -82,8 +83,39 @@ class Packed(NamedTuple):
     end: int
 
 
-def pack(tree: Tree, memory: Memory, start: int = 0) -> Packed:
+class Room:
+    """Memory for tensors that are made where they shall be packed, so that they need not be copied there.
+
+    Args:
+        memory: where; end: first byte that is free.
+    """
+
+    def __init__(self, memory: Memory, end: int) -> None:
+        self.memory = memory
+        self.end = _rounded(end)
+        self._places: dict[int, tuple[int, int]] = {}  # address -> number of bytes, place
+
+    def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """An uninitialised tensor."""
+        size = math.prod(shape) * dtype.itemsize
+        at, self.end = self.end, _rounded(self.end + size)
+        self.memory.reach(max(self.end, 1))
+        made = _view(torch.from_numpy(self.memory.lease()), dtype, shape, at)
+        self._places[made.data_ptr()] = size, at
+        return made
+
+    def place_of(self, tensor: Tensor) -> int | None:
+        """Where a tensor lies, None for one that was not made here."""
+        size, at = self._places.get(tensor.data_ptr(), (-1, -1))
+        whole = size == tensor.numel() * tensor.element_size() and tensor.is_contiguous()
+        return at if whole and size else None
+
+
+def pack(tree: Tree, memory: Memory, start: int = 0, *, room: Room | None = None) -> Packed:
     """Copy a tree into memory, from the byte `start` on.
+
+    Args:
+        room: in the same memory and before `start`; what was made there stays where it is.
 
     Raises:
         ConfigError: FS-CFG-141, it holds something else than tensors, arrays, numbers, words and None.
@@ -93,6 +125,9 @@ def pack(tree: Tree, memory: Memory, start: int = 0) -> Packed:
 
     def place(tensor: Tensor) -> list[Any]:
         nonlocal end
+        made = None if room is None else room.place_of(tensor)
+        if made is not None:
+            return [str(tensor.dtype).removeprefix("torch."), list(tensor.shape), made]
         at, end = end, _rounded(end + tensor.numel() * tensor.element_size())
         writes.append((tensor, at))
         return [str(tensor.dtype).removeprefix("torch."), list(tensor.shape), at]

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fedsim.errors import ConfigError
-from fedsim.simulation.shared import Memory, pack, unpack
+from fedsim.simulation.shared import Memory, Room, pack, unpack
 
 
 class Pair(NamedTuple):
@@ -89,6 +89,26 @@ def test_a_lease_ends_with_the_last_view_whoever_has_it() -> None:
     del other
     assert ended
     assert numbers.tolist() == [0, 1, 2]
+
+
+def test_what_was_made_in_the_memory_is_packed_where_it_lies() -> None:
+    memory = Memory()
+    start = pack(torch.arange(3), memory)
+    room = Room(memory, start.end)
+    made, other = room.take((2, 3), torch.float32), room.take((70_000,), torch.float64)
+    made.copy_(torch.arange(6.0).view(2, 3))
+    other.fill_(4)
+    packed = pack(
+        {"made": made, "row": made[0], "new": torch.ones(5), "other": other}, memory, room.end, room=room
+    )
+    assert packed.end < room.end + 1000  # the large one is there once
+    tree = unpack(packed.form, memory.lease())
+    made[1, 2] = 9
+    assert tree["made"].tolist() == [[0, 1, 2], [3, 4, 9]]
+    assert tree["row"].tolist() == [0, 1, 2]
+    assert tree["new"].tolist() == [1] * 5
+    assert torch.equal(tree["other"], other)
+    assert unpack(start.form, memory.lease()).tolist() == [0, 1, 2]
 
 
 def test_what_others_still_view_survives_closing_and_growing() -> None:
