@@ -11,6 +11,7 @@ import os
 from typing import NamedTuple
 
 import numpy as np
+from torch import nn
 
 from fedsim.config import OWN_ENGINES
 from fedsim.config_sections import EngineSection
@@ -25,8 +26,10 @@ from fedsim.training.work import Workplace
 from fedsim.types import Ids
 
 # Above these sizes of a model a stack of them leaves the cache, and one client at a time is faster on a
-# CPU (docs/performance.md). A fused update touches the parameters half as often, and pays for longer.
+# CPU (docs/performance.md): soon for convolutions and recurrent layers, which are slow under vmap, later for
+# linear layers. A fused update touches the parameters half as often, and pays for longer.
 STACKED_PARAMETER_BYTES = 64 << 10
+STACKED_DENSE_PARAMETER_BYTES = 1 << 20
 FUSED_PARAMETER_BYTES = 4 << 20
 STACKED_PARAMETER_BYTES_GPU = 8 << 20
 # Parameters of one block under vmap: stays near the last-level cache.
@@ -37,6 +40,9 @@ LARGEST_BLOCK = 1024
 POOL_MULTIPLY_ADDS = 300_000_000
 # Into so many blocks for each core such a round is cut at least, so that processes have something to share.
 LEAST_BLOCKS = 2
+
+
+_SLOW_IN_STACKS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.RNNBase)
 
 
 class Choice(NamedTuple):
@@ -156,7 +162,9 @@ def _named(
             return "fused", f"linear layers under SGD, {said}; fusing pays up to {FUSED_PARAMETER_BYTES}"
     else:
         unfused = f"{said}, fusing pays up to {FUSED_PARAMETER_BYTES}"
-    limit = STACKED_PARAMETER_BYTES_GPU if gpu else STACKED_PARAMETER_BYTES
+    slow = any(isinstance(layer, _SLOW_IN_STACKS) for layer in place.module.modules())
+    limit = STACKED_PARAMETER_BYTES if slow else STACKED_DENSE_PARAMETER_BYTES
+    limit = STACKED_PARAMETER_BYTES_GPU if gpu else limit
     if parameters > limit:
         return "flat", f"not fused: {unfused}; not stacked: {said}, stacking pays up to {limit}"
     unstacked = why_not_stacked(place, spec, sizes)

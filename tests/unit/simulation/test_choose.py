@@ -26,7 +26,8 @@ def chosen(engine: dict[str, Any] | None = None, **sections: dict[str, Any]) -> 
         ({"client": {"optimizer": "adam"}}, "stacked"),
         ({"strategy": {"name": "fedspeed"}}, "stacked"),
         ({"model": {"name": "mlp", "hidden": [2000, 1000]}}, "flat"),
-        ({"model": {"name": "mlp", "hidden": [300]}, "client": {"momentum": 0.9}}, "flat"),
+        ({"model": {"name": "mlp", "hidden": [300]}, "client": {"momentum": 0.9}}, "stacked"),
+        ({"model": {"name": "mlp", "hidden": [4000]}, "client": {"momentum": 0.9}}, "flat"),
         ({"round": {"sample": 1}}, "flat"),
     ],
 )
