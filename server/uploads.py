@@ -195,6 +195,11 @@ class Uploads:
         with self._door:
             if self._live.get(key) is upload:
                 del self._live[key]
+            file = self._folder / key[0] / f"{key[1].hex()}.part"
+            # Its task was forgotten while it began: nobody would come to the file again.
+            with suppress(OSError, LedgerProblem):  # what stays is found again at the next start
+                if key not in self._live and file.exists() and self._rows.find(*key) is None:
+                    file.unlink(missing_ok=True)
 
     def _file(self, row: Row) -> Path:
         return self._folder / row.node_id / f"{row.upload_id.hex()}.part"

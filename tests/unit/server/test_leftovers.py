@@ -58,10 +58,12 @@ class Uploading(Coordinator):
         of = pb.Object(digest=digest(update), size=len(update))
         start = pb.UploadStart(upload_id=name, generation=1, task_id=task.task_id, object=of)
         upload = self.uploads.start(task.node_id, start, task.max_update_bytes)
-        send(upload, 0, len(update) if size is None else size, update)
-        if size is None:
-            upload.finish()
-        upload.close()
+        try:
+            send(upload, 0, len(update) if size is None else size, update)
+            if size is None:
+                upload.finish()
+        finally:
+            upload.close()
         return name
 
     def left(self) -> Left:

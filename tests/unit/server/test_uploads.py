@@ -8,12 +8,14 @@ import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from grpc import StatusCode
 
 from fedsim.server import upload_stream
 from fedsim.server.ledger_errors import StorageFull
+from fedsim.server.upload_rows import Row
 from fedsim.server.uploads import UploadRefused
 from tests.state_folders import CONTENT, NODE, OTHER, Server, refused, send
 
@@ -321,3 +323,23 @@ def test_a_stopping_server_keeps_what_arrived(tmp_path: Path) -> None:
     server.open()
     assert server.status() == (600, False, 1)
     server.close()
+
+
+def test_an_upload_that_began_while_its_task_was_forgotten_leaves_no_file(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = server.uploads._rows
+    claim = rows.claim
+
+    def claimed(row: Row, room: Any, drop: Any) -> Row:
+        found = claim(row, room, drop)
+        rows.forget_tasks([found.task_id], drop)  # between its row and its file
+        return found
+
+    monkeypatch.setattr(rows, "claim", claimed)
+    upload = server.start()
+    send(upload, 0, 300)
+    assert len(server.files()) == 1
+    assert refused(upload.sync).status == StatusCode.FAILED_PRECONDITION
+    upload.close()
+    assert server.files() == []

@@ -73,7 +73,9 @@ def test_a_key_that_fedsim_has_learned_since_does_not_make_another_run_of_it(
     manifest = folder.path / MANIFEST
     manifest.write_text(manifest.read_text().replace(plan.cells[0].digest, "0" * 64))
     written = (folder.path / CONFIG).read_text()
-    (folder.path / CONFIG).write_text(written.replace("max_failed = 3\n", "").replace('name = "auto"', 'name = "fused"'))
+    (folder.path / CONFIG).write_text(
+        written.replace("max_failed = 3\n", "").replace('name = "auto"', 'name = "fused"')
+    )
     place.check(plan.cells)
 
 
