@@ -57,4 +57,4 @@ def _table() -> tuple[np.ndarray, np.ndarray]:
     from sklearn.datasets import load_digits
 
     ink, classes = load_digits(return_X_y=True)
-    return ink, classes
+    return np.asarray(ink), np.asarray(classes)

@@ -25,7 +25,7 @@ from fedsim.optimizers import make_optimizer
 from fedsim.simulation.flat_batches import Feed
 from fedsim.simulation.flat_gradient import BoundGradient
 from fedsim.simulation.flat_kernels import quicken
-from fedsim.simulation.flat_module import FlatModule
+from fedsim.simulation.flat_module import FlatModule, Layout
 from fedsim.simulation.flat_precision import (
     LayoutChoice,
     Precision,
@@ -69,7 +69,9 @@ class FlatTrainer:
         own = isinstance(place.grad_fn, ModelGradient)
         reduced = precision == "bfloat16"
         images = place.clients.anything()
-        self.layout = layout_of(layout, place.module, images, reduced=reduced) if own else "contiguous"
+        self.layout: Layout = "contiguous"
+        if own:
+            self.layout = layout_of(layout, place.module, images, reduced=reduced)
 
         def make() -> FlatModule:
             made = FlatModule(
@@ -146,9 +148,9 @@ class FlatTrainer:
             inputs, targets = feed.examples(step)
             gradients, loss = self.bound.at(live, inputs, targets)
             if momentum is not None:
-                torch._foreach_mul_(momentum, spec.momentum)
+                torch._foreach_mul_(momentum, spec.momentum)  # pyright: ignore[reportPrivateImportUsage]
                 _add(momentum, gradients, live.views, pull, added)
-                torch._foreach_add_(live.views, momentum, alpha=-lr)
+                torch._foreach_add_(live.views, momentum, alpha=-lr)  # pyright: ignore[reportPrivateImportUsage]
             else:
                 _descend(live, gradients, lr, pull, added)
             length.add_(lr * age)
@@ -273,9 +275,9 @@ def _descend(
     """x <- (1 - lr·pull) x - lr·g - lr·b."""
     if pull:
         live.flat.mul_(1.0 - lr * pull)
-    torch._foreach_add_(live.views, gradients, alpha=-lr)
+    torch._foreach_add_(live.views, gradients, alpha=-lr)  # pyright: ignore[reportPrivateImportUsage]
     if added is not None:
-        torch._foreach_add_(live.views, added, alpha=-lr)
+        torch._foreach_add_(live.views, added, alpha=-lr)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def _add(
@@ -286,11 +288,11 @@ def _add(
     added: list[Tensor] | None,
 ) -> None:
     """total <- total + g + pull·x + b."""
-    torch._foreach_add_(total, gradients)
+    torch._foreach_add_(total, gradients)  # pyright: ignore[reportPrivateImportUsage]
     if pull:
-        torch._foreach_add_(total, views, alpha=pull)
+        torch._foreach_add_(total, views, alpha=pull)  # pyright: ignore[reportPrivateImportUsage]
     if added is not None:
-        torch._foreach_add_(total, added)
+        torch._foreach_add_(total, added)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def _numbers(value: Tensor) -> Floats:

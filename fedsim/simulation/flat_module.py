@@ -84,7 +84,7 @@ class FlatModule:
         if flat is not None and self.ordered:
             self.flat.copy_(flat)
         else:
-            torch._foreach_copy_(self.views, [x.tensors[name] for name in self.spec.names])
+            torch._foreach_copy_(self.views, [x.tensors[name] for name in self.spec.names])  # pyright: ignore[reportPrivateImportUsage]
 
     def minus(self, x: Vector, flat: Tensor) -> Tensor:
         """[D] values minus `x`, which is `flat` in the order of `ParamSpec`."""
@@ -103,7 +103,7 @@ class FlatModule:
     def load_buffers(self, values: Mapping[str, Tensor]) -> None:
         """Set the model's buffers."""
         if self._buffers:
-            torch._foreach_copy_(list(self._buffers.values()), [values[name] for name in self._buffers])
+            torch._foreach_copy_(list(self._buffers.values()), [values[name] for name in self._buffers])  # pyright: ignore[reportPrivateImportUsage]
 
     def saved_buffers(self) -> dict[str, Tensor]:
         """Copies of the model's buffers."""

@@ -248,7 +248,7 @@ def fused_block(place: Workplace, spec: LocalSpec, cohort: int) -> int:
     return int(np.clip(most // max(1, parameters), 1, max(1, min(cohort, 1024))))
 
 
-def _lengths(lr: Tensor, steps: Ids) -> Floats:
+def _lengths(lr: Tensor, steps: Ids) -> np.ndarray:
     """[C] sums of the steps' lengths, added one by one as the other drivers do."""
     dtype = np.float64 if lr.dtype == torch.float64 else np.float32
     sums = np.concatenate([[0], np.cumsum(np.full(int(steps.max(initial=0)), float(lr), dtype))])

@@ -145,7 +145,7 @@ class Lazy:
 
     def update(self, step: int, g: Tensor) -> None:
         clients, start = len(g), self.ends[step]
-        if not isinstance(self.decay, float):
+        if isinstance(self.decay, Tensor):
             self.moves[:clients, :start].mul_(self.decay[:clients].view(-1, 1, 1))
         elif self.decay != 1.0:
             self.moves[:clients, :start].mul_(self.decay)
@@ -219,7 +219,7 @@ class Lazy:
         """S, the sum of β^s over s < steps."""
         if isinstance(self.decay, float) and self.decay == 1.0:
             return float(steps)
-        total: float | Tensor = 0.0 if isinstance(self.decay, float) else torch.zeros_like(self.decay)
+        total: float | Tensor = torch.zeros_like(self.decay) if isinstance(self.decay, Tensor) else 0.0
         for step in range(steps):
             total = total + self._power(step)
         return total

@@ -121,7 +121,7 @@ class Moving:
         decay = self.motion.decay
         less = 1.0 if self.fresh and self.leap else 0.0
         fill = self.start if self.fresh else None
-        if isinstance(decay, float):
+        if not isinstance(decay, Tensor):
             if fill is not None and decay != less:
                 values.copy_(fill)
             return decay - less

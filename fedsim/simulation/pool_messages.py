@@ -12,6 +12,7 @@ import socket
 import struct
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -96,7 +97,7 @@ def told(error: Exception) -> Words:
 
 def untold(words: Words) -> Exception:
     """The error again: of its class where that is one of Python's or fedsim's own, else a RuntimeError."""
-    error: Exception | None
+    error: Exception
     if "client" in words:
         error = ClientFailed(words["client"], words["reason"])
     elif "code" in words:
@@ -105,12 +106,11 @@ def untold(words: Words) -> Exception:
     elif words["class"] == "OutOfMemoryError":
         error = torch.OutOfMemoryError(words["text"])
     else:
+        error = RuntimeError(f"{words['class']}: {words['text']}")
         kind = getattr(builtins, words["class"], None)
-        try:
-            error = kind(*words["args"]) if isinstance(kind, type) and issubclass(kind, Exception) else None
-        except TypeError:
-            error = None
-        error = error or RuntimeError(f"{words['class']}: {words['text']}")
+        if isinstance(kind, type) and issubclass(kind, Exception):
+            with suppress(TypeError):
+                error = kind(*words["args"])
     error.__cause__ = WorkerTraceback(words["traceback"])
     return error
 
