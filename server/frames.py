@@ -39,7 +39,7 @@ def add_fleet(fleet: Any, server: Any) -> None:
 
     Args:
         fleet: its `Fetch` writes what `chunk_message` makes, its `Upload` reads what `frame_of` returns.
-        server: of gRPC, or what takes handlers as one does. Any, as with `fleet`: gRPC has no types.
+        server: `Services`. One of gRPC's own would ask the generated handlers first. Any, as with `fleet`.
     """
     handlers = {
         "Fetch": grpc.unary_stream_rpc_method_handler(
@@ -53,17 +53,7 @@ def add_fleet(fleet: Any, server: Any) -> None:
     }
     # Whoever is asked first decides.
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("fedsim.v1.Fleet", handlers),))
-    add_FleetServicer_to_server(fleet, _GenericAlone(server))  # type: ignore[no-untyped-call]
-
-
-class _GenericAlone:
-    """A server to the generated code; registered handlers would be asked before those above."""
-
-    def __init__(self, server: Any) -> None:
-        self.add_generic_rpc_handlers = server.add_generic_rpc_handlers
-
-    def add_registered_method_handlers(self, service: str, handlers: dict[str, Any]) -> None:
-        """The same handlers again."""
+    add_FleetServicer_to_server(fleet, server)  # type: ignore[no-untyped-call]
 
 
 def chunk_message(offset: int, data: bytes | bytearray | memoryview) -> bytes:

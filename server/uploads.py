@@ -108,7 +108,7 @@ class Uploads:
         key = (node_id, asked.upload_id)
         upload = Upload(
             asked,
-            self._file(asked),
+            self._file(*key),
             rows=self._rows,
             objects=self._objects,
             blocks=self._blocks,
@@ -195,25 +195,25 @@ class Uploads:
         with self._door:
             if self._live.get(key) is upload:
                 del self._live[key]
-            file = self._folder / key[0] / f"{key[1].hex()}.part"
+            file = self._file(*key)
             # Its task was forgotten while it began: nobody would come to the file again.
             with suppress(OSError, LedgerProblem):  # what stays is found again at the next start
                 if key not in self._live and file.exists() and self._rows.find(*key) is None:
                     file.unlink(missing_ok=True)
 
-    def _file(self, row: Row) -> Path:
-        return self._folder / row.node_id / f"{row.upload_id.hex()}.part"
+    def _file(self, node_id: str, upload_id: bytes) -> Path:
+        return self._folder / node_id / f"{upload_id.hex()}.part"
 
     def _drop(self, row: Row) -> None:
         """Delete a file; an open stream of it finds its row gone and ends."""
         with suppress(OSError):  # what stays is found again at the next start
-            self._file(row).unlink(missing_ok=True)
+            self._file(row.node_id, row.upload_id).unlink(missing_ok=True)
 
     def _recover(self) -> None:
         """Finish what was cut between the row of a checked upload and its renaming; delete strays."""
         known = set()
         for row in self._rows.all():
-            file = self._file(row)
+            file = self._file(row.node_id, row.upload_id)
             known.add(file)
             if row.complete and file.exists():
                 self._objects.adopt(file, row.digest)

@@ -34,6 +34,7 @@ from fedsim.server.frames import add_fleet
 from fedsim.server.health import OPENING, Health
 from fedsim.server.nodes import Nodes
 from fedsim.server.run_table import NoSuchRun
+from fedsim.server.services import Services
 from fedsim.server.settings import ServerSettings
 from fedsim.server.telemetry import Telemetry
 from fedsim.transport import server_options
@@ -259,7 +260,9 @@ async def _serve(
         )  # fmt: skip
     )
     server = grpc.aio.server(options=server_options())
-    add_fleet(fleet, server)
+    services = Services()
+    add_fleet(fleet, services)
+    server.add_generic_rpc_handlers((services,))
     add_ControlServicer_to_server(control, server)
     health_pb2_grpc.add_HealthServicer_to_server(health.servicer, server)
     port = server.add_insecure_port("127.0.0.1:0")

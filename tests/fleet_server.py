@@ -27,6 +27,7 @@ from fedsim.server.fleet import Fleet
 from fedsim.server.fleet_parts import FleetParts
 from fedsim.server.frames import add_fleet
 from fedsim.server.objects import Objects
+from fedsim.server.services import Services
 from fedsim.server.settings import LimitsSection, ServerSettings
 from fedsim.server.telemetry import Telemetry
 from fedsim.server.uploads import Uploads
@@ -180,7 +181,9 @@ async def serving(
     )
     fleet = Fleet(parts)
     server = grpc.aio.server(options=server_options())
-    add_fleet(fleet, server)
+    services = Services()
+    add_fleet(fleet, services)
+    server.add_generic_rpc_handlers((services,))
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     service = Service(fleet, runs, auth, uploads, objects, key, f"127.0.0.1:{port}")

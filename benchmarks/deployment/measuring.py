@@ -131,7 +131,7 @@ def keep(path: Path | None, module: str, result: dict[str, Any]) -> None:
 
 
 def disk_bytes_per_second(folder: Path, size: int = 100 * MIB) -> float:
-    """How fast a file gets onto the disk: written and synced every 8 MiB, as uploads are."""
+    """How fast a file gets onto the disk: written and synced every 8 MiB."""
     path, block = folder / "disk-rate", os.urandom(MIB)
     began = time.perf_counter()
     with path.open("wb", buffering=0) as file:

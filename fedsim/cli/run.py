@@ -288,7 +288,7 @@ def tune(
     """Measure the engines on this machine and write a recommendation."""
     import tomli_w
 
-    from fedsim.simulation.choose import cores
+    from fedsim.runs.manifest import cores
     from fedsim.simulation.tune import measure
     from fedsim.storage import write_atomically
 

@@ -118,18 +118,22 @@ def packages() -> dict[str, str]:
     return versions
 
 
+def cores() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def hardware() -> Facts:
     """Processor, cores that this process may use, memory in bytes, accelerators."""
     import torch
 
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     memory = None
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
     return {
         "cpu": _cpu(),
-        "cores": usable,
+        "cores": cores(),
         "memory_bytes": memory,
         "accelerators": [torch.cuda.get_device_name(d) for d in devices],
     }

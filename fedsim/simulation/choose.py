@@ -7,7 +7,6 @@ number of processes changes no number: blocks are planned, and folded in the ord
 
 from __future__ import annotations
 
-import os
 from typing import NamedTuple
 
 import numpy as np
@@ -19,6 +18,7 @@ from fedsim.errors import ConfigError, ModelError
 from fedsim.grads import ModelGradient
 from fedsim.local import LocalAlgorithm, LocalSpec
 from fedsim.models import has_batchnorm, stackable
+from fedsim.runs.manifest import cores
 from fedsim.simulation.fused import fused_block
 from fedsim.simulation.fused_fit import why_not_fused
 from fedsim.simulation.pool_process import why_no_fork
@@ -52,11 +52,6 @@ class Choice(NamedTuple):
     block: int
     workers: int
     reason: str
-
-
-def cores() -> int:
-    """That this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def block_size(place: Workplace, spec: LocalSpec, cohort: int) -> int:
@@ -120,7 +115,7 @@ def choose(
     long = _multiply_adds(place, spec, cohort) >= POOL_MULTIPLY_ADDS
     block = 1
     if name in ("fused", "stacked"):
-        sized = fused_block(place, spec, cohort) if name == "fused" else block_size(place, spec, cohort)
+        sized = fused_block(place, cohort) if name == "fused" else block_size(place, spec, cohort)
         block = asked.block or (min(sized, -(-cohort // (LEAST_BLOCKS * cores()))) if long else sized)
     workers = 1
     if long and place.clients.device.type == "cpu" and why_no_fork(None) is None:

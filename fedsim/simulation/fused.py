@@ -18,12 +18,12 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from fedsim.errors import ModelError
-from fedsim.local import LocalAlgorithm, LocalSpec, from_broadcast, report_delta
+from fedsim.local import LocalAlgorithm, from_broadcast, report_delta
 from fedsim.simulation.fused_data import StepData, steps_of
 from fedsim.simulation.fused_first import Eager, First, Lazy
 from fedsim.simulation.fused_fit import layers_for, unfit
 from fedsim.simulation.fused_layers import Layers
-from fedsim.simulation.fused_losses import LOSSES
+from fedsim.simulation.fused_losses import LOSSES, BlockLoss
 from fedsim.simulation.fused_stacks import Moving, MovingLayer, Scratch
 from fedsim.simulation.fused_task import AffineTask
 from fedsim.training.clients import Schedule
@@ -204,7 +204,7 @@ class FusedTrainer:
             return 0
         return _WINDOW_ROWS if 2 * schedule.positions.shape[2] <= _WINDOW_ROWS else 0
 
-    def _steps(self, data: StepData, first: First, layers: list[MovingLayer], loss: Any) -> None:
+    def _steps(self, data: StepData, first: First, layers: list[MovingLayer], loss: BlockLoss) -> None:
         scratch = self.scratch
         row = 0
         for step, (clients, width) in enumerate(data.shapes):
@@ -241,7 +241,7 @@ class FusedTrainer:
             row += clients * width
 
 
-def fused_block(place: Workplace, spec: LocalSpec, cohort: int) -> int:
+def fused_block(place: Workplace, cohort: int) -> int:
     """C: as many clients as keep the stacked parameters and their data near the last-level cache."""
     parameters = place.spec.size * place.spec.dtype.itemsize
     most = 64 << 20 if place.clients.device.type == "cuda" else _BLOCK_BYTES
