@@ -16,6 +16,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from fedsim.imports import uncollected
+
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
@@ -59,9 +61,11 @@ __all__ = ["__version__", *sorted([*_WHERE, *_MODULES])]
 
 def __getattr__(name: str) -> Any:
     if name in _WHERE:
-        return getattr(import_module(_WHERE[name]), name)
+        with uncollected():
+            return getattr(import_module(_WHERE[name]), name)
     if name in _MODULES:
-        return import_module(f"fedsim.{name}")
+        with uncollected():
+            return import_module(f"fedsim.{name}")
     raise AttributeError(f"module 'fedsim' has no attribute {name!r}")
 
 

@@ -21,6 +21,7 @@ import tomli_w
 from pydantic import ValidationError
 
 from fedsim import registry
+from fedsim.attribute_docs import attribute_docs
 from fedsim.config_merge import (
     Layer,
     assignments,
@@ -321,6 +322,9 @@ def json_schema() -> Values:
     for key, entry in definitions["LocalSpec"]["properties"].items():
         entry["description"] = docs[key]
     definitions["LocalSpec"]["additionalProperties"] = False
+    for section in TABLES.values():
+        for key, doc in attribute_docs(section).items():
+            definitions[section.__name__]["properties"][key]["description"] = doc
     for path, table in PLUGIN_TABLES.items():
         section = definitions[TABLES[path].__name__]
         section["properties"][table.key]["examples"] = registry.names(table.kind)

@@ -8,6 +8,7 @@ import json
 from typing import NamedTuple
 
 from fedsim import registry
+from fedsim.attribute_docs import attribute_docs
 from fedsim.config import PLUGIN_TABLES
 from fedsim.config_sections import TABLES, Section
 from fedsim.errors import ConfigError, FedsimError
@@ -87,12 +88,12 @@ def _own_keys(table: str) -> list[Explanation]:
     section = TABLES[table]
     if issubclass(section, LocalSpec):
         return [_of(table, p, _used_by(table)) for p in describe(LocalSpec)]
-    entries = []
+    docs, entries = attribute_docs(section), []
     for name, info in section.model_fields.items():
         if f"{table}.{name}" in TABLES:
             continue
         default = info.get_default(call_default_factory=True, validated_data={})
-        p = Parameter(name, type_name(info.annotation), default, False, info.description or "")
+        p = Parameter(name, type_name(info.annotation), default, False, docs.get(name, ""))
         entries.append(_of(table, p, _used_by(table)))
     return entries
 

@@ -28,14 +28,14 @@ def _cadence(text: str) -> str:
 class Section(BaseModel):
     """A table; unknown keys are refused."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True)
     used_by: ClassVar[str] = ""
 
 
 class PluginSection(Section):
     """A table that names a plugin and holds its parameters."""
 
-    model_config = ConfigDict(extra="allow", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="allow", frozen=True)
 
     @property
     def parameters(self) -> Values:

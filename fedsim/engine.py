@@ -8,11 +8,14 @@ files by then.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
-from fedsim.types import Ids, Task, UpdateBlock
+from fedsim.types import Floats, Ids, Task, UpdateBlock
+
+Weigh = Callable[[UpdateBlock], Floats | None]
+"""Answers of which all but what training finds out is there -> their weights, None where rows are needed."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -101,8 +104,14 @@ class Engine(Protocol):
         """
         ...
 
-    def collect(self, ids: Ids, base_version: Ids) -> Iterator[UpdateBlock | Failed]:
-        """The answers of these tasks in the order of the engine's plan for them; asked for once."""
+    def collect(
+        self, ids: Ids, base_version: Ids, weigh: Weigh | None = None
+    ) -> Iterator[UpdateBlock | Failed]:
+        """The answers of these tasks in the order of the engine's plan for them; asked for once.
+
+        Args:
+            weigh: where sums are enough; an engine may answer with rows all the same.
+        """
         ...
 
     def commit(self, ids: Ids, base_version: Ids) -> None:

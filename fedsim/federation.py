@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -281,7 +282,8 @@ class Federation:
             self.engine.now,
             self.outbox.messages,
         )
-        for answer in self.engine.collect(window.ids[received], window.base_version[received]):
+        weigh = partial(folding.weigh, at=moment) if folding.sums_are_enough else None
+        for answer in self.engine.collect(window.ids[received], window.base_version[received], weigh):
             if isinstance(answer, Failed):
                 window = rounds.given_up(window, answer)
                 for client in answer.ids.tolist():

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from fedsim.buffers import BufferFold, Buffers
@@ -75,8 +76,7 @@ class Folding:
 
     def add(self, block: UpdateBlock, at: Moment) -> list[Refused]:
         """Fold one block; returns who was refused, and why."""
-        bytes_up = self.weigh_bytes(pytree.tree_map(lambda rows: rows[0], dict(block.vectors)))
-        bytes_up += 8 * len(block.scalars) + at.buffers.bytes
+        bytes_up = self._bytes_up(block, at)
         if self.transform is not None:
             block = replace(block, vectors=self.transform.decode(block.vectors))
         norms, finite = update_norms(block)
@@ -104,6 +104,17 @@ class Folding:
             self.kept.append(meta)
         return refused
 
+    def weigh(self, block: UpdateBlock, at: Moment) -> Floats | None:
+        """Weights of answers that are not there yet; None if somebody would be refused."""
+        weights, unwanted = self.strategy.weigh(at.state, self._meta(block, at))
+        return None if unwanted.any() or not np.isfinite(weights).all() else weights
+
+    @property
+    def sums_are_enough(self) -> bool:
+        """Whether nobody looks at the updates themselves."""
+        alone = self.transform is None and not self.observers and not self.asynchronous
+        return self.strategy.traits.sums_only and alone
+
     @property
     def meta(self) -> Meta | None:
         """Of all clients folded, in fold order; None of nobody."""
@@ -119,6 +130,14 @@ class Folding:
         if meta is not None:
             record |= {"staleness": float(meta.staleness.mean()), "staleness_max": int(meta.staleness.max())}
         return record
+
+    def _bytes_up(self, block: UpdateBlock, at: Moment) -> int:
+        """Of one client."""
+        if block.summed is None:
+            sent: Any = pytree.tree_map(lambda rows: rows[0], dict(block.vectors))
+        else:
+            sent = self.strategy.model(at.state)  # as long as the update
+        return self.weigh_bytes(sent) + 8 * len(block.scalars) + at.buffers.bytes
 
     def _fold(self, block: UpdateBlock, weights: Floats, at: Moment) -> None:
         if isinstance(self.reduced, Rows):
@@ -169,18 +188,25 @@ class Folding:
 def update_norms(block: UpdateBlock) -> tuple[Floats, Bools]:
     """[b] L2 norm of all that a client reported as "delta" (or of the first vector), and finiteness."""
     finite = np.ones(len(block), bool)
-    norms = np.zeros(len(block))
+    norms = np.zeros(len(block)) if block.summed is None else block.summed.norms
     for position, rows in enumerate(block.vectors.values()):
-        norm = torch.linalg.vector_norm(rows, dim=1)
-        if not bool(torch.isfinite(norm).all()):
-            # A norm may overflow where no entry does: look at the entries.
-            entries = torch.isfinite(rows).all(dim=1)
-            finite &= entries.cpu().numpy()
-            norm = torch.where(entries, torch.linalg.vector_norm(rows.double(), dim=1).to(norm.dtype), norm)
+        norm, entries = row_norms(rows)
+        finite &= entries
         if position == 0:
-            norms = norm.double().cpu().numpy()
+            norms = norm
     for values in block.scalars.values():
         finite &= torch.isfinite(values).cpu().numpy()
     if block.buffers is not None:
         finite &= torch.isfinite(block.buffers).all(dim=1).cpu().numpy()
     return norms, finite
+
+
+def row_norms(rows: Tensor) -> tuple[Floats, Bools]:
+    """[b] L2 norms of rows [b, D], and which rows are finite."""
+    norm = torch.linalg.vector_norm(rows, dim=1)
+    finite = torch.isfinite(norm)
+    if not bool(finite.all()):
+        # A norm may overflow where no entry does: look at the entries.
+        finite = torch.isfinite(rows).all(dim=1)
+        norm = torch.where(finite, torch.linalg.vector_norm(rows.double(), dim=1).to(norm.dtype), norm)
+    return norm.double().cpu().numpy(), finite.cpu().numpy()

@@ -16,10 +16,26 @@ from fedsim.errors import RegistryError
 
 Factory = Callable[..., Any]  # Any: each group's factories return that group's own type
 
+_PREFIX = "fedsim."
+
+
+@cache
+def _plugins() -> tuple[EntryPoint, ...]:
+    """Of every kind; to find them the files of all installed distributions are read, so it is done once."""
+    found = entry_points()
+    groups = [group for group in found.groups if group.startswith(_PREFIX)]
+    return tuple(entry for group in sorted(groups) for entry in found.select(group=group))
+
 
 @cache
 def _group(kind: str) -> dict[str, EntryPoint]:
-    return {entry.name: entry for entry in entry_points(group=f"fedsim.{kind}")}
+    return {entry.name: entry for entry in _plugins() if entry.group == _PREFIX + kind}
+
+
+def distributions() -> set[str]:
+    """Names of the installed distributions that have plugins."""
+    owners = {id(entry.dist): entry.dist for entry in _plugins()}
+    return {owner.name for owner in owners.values() if owner is not None}
 
 
 def names(kind: str) -> list[str]:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedsim.errors import RegistryError
 from fedsim.flat import ParamSpec
 from fedsim.local import LocalAlgorithm, LocalSpec
 from fedsim.registry import load
@@ -53,6 +54,8 @@ class Traits:
         affine: the direction is g + a·x + b.
         columnwise: `fold` and `apply` treat each entry of the model by itself, with nothing but scalars in
             common, and `fold` makes no rows: a large model may be given to them piece by piece.
+        sums_only: `fold` is `fold_deltas`, and `weigh` reads nothing that training finds out (neither
+            scalars nor the normaliser): an engine may add the updates up itself and make no row of any.
         down_factor, up_factor: model-sized vectors per task in each direction.
         server_vectors: model-sized vectors that the server keeps beside the model; `per_client` of
             them for each client that took part.
@@ -67,6 +70,7 @@ class Traits:
     needs: frozenset[Literal["rates", "durations", "period"]] = field(default=frozenset())
     affine: bool = False
     columnwise: bool = False
+    sums_only: bool = False
     down_factor: int = 1
     up_factor: int = 1
     server_vectors: int = 0
@@ -162,13 +166,29 @@ def fold_deltas(
     state: State, block: UpdateBlock, weights: Floats, rows: Any
 ) -> tuple[Sums, Mapping[str, Tensor]]:
     """Default `fold`: {"delta": Σ w·delta, "weight": Σ w, "count": Σ 1}."""
-    delta = block.vectors["delta"]
+    delta = _delta_sum(block, weights)
     sums = {
-        "delta": weighted_sum(weights, delta),
+        "delta": delta,
         "weight": torch.tensor(float(weights.sum()), dtype=torch.float64, device=delta.device),
         "count": torch.tensor(float(len(block)), dtype=torch.float64, device=delta.device),
     }
     return sums, {}
+
+
+def _delta_sum(block: UpdateBlock, weights: Floats) -> Tensor:
+    """Σ w·delta, [D] in float64."""
+    summed = block.summed
+    if summed is None:
+        return weighted_sum(weights, block.vectors["delta"])
+    if not np.array_equal(summed.weights, weights):
+        raise RegistryError(
+            "the strategy weighs answers otherwise than it said before they were there",
+            code="FS-REG-006",
+            where="[strategy]",
+            why="its traits say `sums_only`, so the engine had added the updates up under the first weights",
+            hint="let `weigh` read neither scalars nor the normaliser, or set sums_only=False",
+        )
+    return summed.delta
 
 
 def moved(x: Tensor, step: Tensor, scaled: Callable[[Tensor], Tensor] | None = None) -> Tensor:

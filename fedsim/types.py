@@ -138,6 +138,20 @@ class Task:
     steps: Ids | None = None
 
 
+class Summed(NamedTuple):
+    """A block's updates, added up by the engine: all that `fold_deltas` asks of them.
+
+    Args:
+        weights: [b] float64, by which.
+        delta: [D] float64, Σ weights · updates.
+        norms: [b] float64, L2 of each update; all are finite.
+    """
+
+    weights: Floats
+    delta: Tensor
+    norms: Floats
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class UpdateBlock:
     """The answers of b clients.
@@ -153,6 +167,7 @@ class UpdateBlock:
         state_version: [b] int64, how many updates of that client were accepted before this one.
         release: where the vectors are mapped from a file: gives the memory back that reading them took;
             they can be read again. None where they are in memory.
+        summed: instead of "delta" in `vectors`, where the engine was told that their sum is enough.
     """
 
     ids: Ids
@@ -168,12 +183,14 @@ class UpdateBlock:
     int_buffers: Tensor | None = None
     state_version: Ids | None = None
     release: Callable[[], None] | None = None
+    summed: Summed | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def take(self, rows: npt.NDArray[Any]) -> UpdateBlock:
         """The block restricted to `rows` (a mask or indices)."""
+        assert self.summed is None, "a sum cannot be taken apart"
         index = torch.from_numpy(np.flatnonzero(rows) if rows.dtype == np.bool_ else rows)
 
         def pick(tensor: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ import torch
 from sqlalchemy import Connection
 
 from fedsim.bundle import BundleError
-from fedsim.engine import Arrived, Drained, Event, Failed
+from fedsim.engine import Arrived, Drained, Event, Failed, Weigh
 from fedsim.flat import ParamSpec
 from fedsim.journal import Entry, Playback, drawn, event_of
 from fedsim.server import memory
@@ -256,7 +256,9 @@ class RemoteEngine:
 
     # ------------------------------------------------------------ answers
 
-    def collect(self, ids: Ids, base_version: Ids) -> Iterator[UpdateBlock | Failed]:
+    def collect(
+        self, ids: Ids, base_version: Ids, weigh: Weigh | None = None
+    ) -> Iterator[UpdateBlock | Failed]:
         self.closed_at = self.closed_at or time.perf_counter()
         self._trim()
         for client, version in zip(ids.tolist(), base_version.tolist(), strict=True):

@@ -56,6 +56,7 @@ def diloco(
             client_hooks=persist_optimizer,
             affine=True,
             columnwise=True,
+            sums_only=True,
             server_vectors=1,
             neutral="outer_momentum = 0, outer_lr = 1, persist_optimizer = false -> fedavg, weighting "
             "uniform",

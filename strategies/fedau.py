@@ -128,6 +128,7 @@ def fedau(
             modes=frozenset({"sync", "async"}),
             affine=True,
             columnwise=True,
+            sums_only=True,
             neutral="every client in every window -> fedavg, weighting uniform; "
             "cutoff = 1 -> fedavg, weighting all",
         ),

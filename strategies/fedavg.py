@@ -160,6 +160,7 @@ def fedavg(
             modes=frozenset({"sync", "async"}),
             affine=True,
             columnwise=True,
+            sums_only=True,
             neutral="one local step on all data, weighting examples -> centralised gradient descent",
         ),
     )

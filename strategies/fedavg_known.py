@@ -99,6 +99,7 @@ def fedavg_known(
             modes=frozenset({"sync", "async"}),
             needs=frozenset({"rates"}) if given is None else frozenset(),
             affine=True,
+            sums_only=True,
             neutral="every client in every window (all rates 1) -> fedavg, weighting uniform",
         ),
     )

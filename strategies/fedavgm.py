@@ -84,6 +84,7 @@ def fedavgm(
             modes=frozenset({"sync", "async"}),
             affine=True,
             columnwise=True,
+            sums_only=True,
             server_vectors=1,
             neutral="momentum = 0 -> fedavg",
         ),

@@ -123,6 +123,7 @@ def feddyn(*, alpha: float = 0.1, state_at: Literal["client", "server"] = "clien
             client_hooks=True,
             affine=True,
             columnwise=at_client,
+            sums_only=at_client,
             down_factor=1 if at_client else 2,
             server_vectors=1,
             server_vectors_per_client=0 if at_client else 1,

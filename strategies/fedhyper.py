@@ -187,6 +187,7 @@ def _traits(server: str, local: str, keeps_delta: bool) -> Traits:
         modes=frozenset({"sync", "async"} if server != "GM" and local == "none" else {"sync"}),
         client_hooks=local == "CL",
         affine=local != "CL",
+        sums_only=True,
         down_factor=2 if local == "CL" else 1,
         server_vectors=int(keeps_delta) + int(server == "GM"),
         neutral="kappa = 0 -> fedavg with server_lr = alpha0",

@@ -133,6 +133,7 @@ def _adaptive(
             modes=frozenset({"sync", "async"}),
             affine=True,
             columnwise=True,
+            sums_only=True,
             server_vectors=2,
             neutral="beta1 = 0, v_init = zero, server_lr = c · tau, tau above √v -> fedavg, server_lr = c",
         ),

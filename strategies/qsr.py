@@ -107,6 +107,7 @@ def qsr(
         lend=lend_nothing,
         traits=Traits(
             affine=True,
+            sums_only=True,
             neutral="alpha = 0 -> fedavg, weighting uniform, with [client] steps = base_steps",
         ),
     )

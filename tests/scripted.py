@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from fedsim.buffers import no_buffers
-from fedsim.engine import Arrived, Drained, Event, Failed, Timer
+from fedsim.engine import Arrived, Drained, Event, Failed, Timer, Weigh
 from fedsim.federation import Federation, RunState
 from fedsim.flat import ParamSpec
 from fedsim.local import LocalSpec
@@ -76,7 +76,9 @@ class Scripted:
         acknowledged, self.unannounced = self.unannounced, []
         return acknowledged
 
-    def collect(self, ids: Ids, base_version: Ids) -> Iterator[UpdateBlock | Failed]:
+    def collect(
+        self, ids: Ids, base_version: Ids, weigh: Weigh | None = None
+    ) -> Iterator[UpdateBlock | Failed]:
         for client in ids.tolist():
             self.collected.append(client)
             if client in self.broken:

@@ -104,10 +104,13 @@ def main() -> None:
     """Serve turns: CONFIG FOLDER [TRACE]."""
     turns = Turns()
     # As late as the command line imports them, so that start-up is what a user waits for.
-    from fedsim.config import load_config, to_toml
-    from fedsim.runs.folder import RunFolder
-    from fedsim.simulation.run import Simulation
-    from fedsim.simulation.session import execute
+    from fedsim.imports import uncollected
+
+    with uncollected(keep=True):
+        from fedsim.config import load_config, to_toml
+        from fedsim.runs.folder import RunFolder
+        from fedsim.simulation.run import Simulation
+        from fedsim.simulation.session import execute
 
     sim = Simulation(load_config(Path(sys.argv[1])).config)
     folder = RunFolder.create(

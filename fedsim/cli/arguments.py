@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fedsim.imports import uncollected
+
 if TYPE_CHECKING:
     from fedsim.config import Loaded
 
@@ -36,8 +38,8 @@ def load(
     flags: dict[str, tuple[str, object]] | None = None,
 ) -> Loaded:
     """The configuration that a command line means; keys whose flag was not given are left out."""
-    from fedsim.config import load_config
-
+    with uncollected(keep=True):
+        from fedsim.config import load_config
     import_from_here()
     if file is None and FILE.is_file():
         file = FILE

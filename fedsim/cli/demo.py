@@ -9,6 +9,7 @@ import typer
 from fedsim.cli.arguments import Sets
 from fedsim.cli.run import start
 from fedsim.cli.settings import settings_of
+from fedsim.imports import uncollected
 
 
 def demo(
@@ -23,8 +24,8 @@ def demo(
 
     20 clients that hold different digits, 20 rounds of FedAvg, a report at the end.
     """
-    from fedsim.config import load_config
-
+    with uncollected(keep=True):
+        from fedsim.config import load_config
     flags: dict[str, tuple[str, object]] = {
         "strategy.name": ("--strategy", strategy),
         "data.partition.clients": ("--clients", clients),

@@ -13,6 +13,7 @@ from fedsim.cli import output
 from fedsim.cli.arguments import ConfigFile, Preset, Run, Sets, import_from_here, load
 from fedsim.cli.settings import Settings, settings_of
 from fedsim.errors import ConfigError, Interrupted, RunFailed
+from fedsim.imports import uncollected
 
 if TYPE_CHECKING:
     from fedsim.config import Config, Loaded
@@ -150,9 +151,9 @@ def _expected(loaded: Loaded) -> dict[str, Any] | None:
 
 def simulation(config: Config, baseline: Baseline | None) -> Simulation:
     """The simulation of a configuration, or of one of its baselines."""
-    from fedsim.config import config_from, to_dict
-    from fedsim.simulation.run import Simulation
-
+    with uncollected(keep=True):
+        from fedsim.config import config_from, to_dict
+        from fedsim.simulation.run import Simulation
     if baseline is None:
         return Simulation(config)
     from fedsim.build import build_data
@@ -176,12 +177,12 @@ def carry_on(
     require: bool = False,
 ) -> None:
     """The rounds that are left, shown; then the end block and, where it is one, the error."""
-    from fedsim.cli.ending import end_block, run_data
-    from fedsim.cli.interrupt import stop_on_signal
-    from fedsim.cli.logs import log_to_stderr
-    from fedsim.cli.view import view_for
-    from fedsim.simulation.session import execute
-
+    with uncollected(keep=True):
+        from fedsim.cli.ending import end_block, run_data
+        from fedsim.cli.interrupt import stop_on_signal
+        from fedsim.cli.logs import log_to_stderr
+        from fedsim.cli.view import view_for
+        from fedsim.simulation.session import execute
     rounds = sim.config.run.rounds
     facts = sim.facts
     output.note(
@@ -239,14 +240,14 @@ def resume(
     rounds: Annotated[int | None, typer.Option(min=1, help="New total of rounds, to extend the run.")] = None,
 ) -> None:
     """Go on with a run after its last checkpoint."""
-    from fedsim.cli.ending import end_block, run_data
-    from fedsim.config import load_config, to_toml
-    from fedsim.runs.folder import CONFIG, REPORT, RunFolder
-    from fedsim.runs.report import write_report
-    from fedsim.simulation.session import REMOTE
-    from fedsim.simulation.session import resume as continue_run
-    from fedsim.storage import write_atomically
-
+    with uncollected(keep=True):
+        from fedsim.cli.ending import end_block, run_data
+        from fedsim.config import load_config, to_toml
+        from fedsim.runs.folder import CONFIG, REPORT, RunFolder
+        from fedsim.runs.report import write_report
+        from fedsim.simulation.session import REMOTE
+        from fedsim.simulation.session import resume as continue_run
+        from fedsim.storage import write_atomically
     settings = settings_of(context)
     import_from_here()
     folder = RunFolder.open(settings.runs, run)

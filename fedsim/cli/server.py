@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ import typer
 
 from fedsim.cli.arguments import import_from_here
 from fedsim.cli.settings import settings_of
+from fedsim.imports import uncollected
 
 LEVELS = {-1: "error", 1: "debug", 2: "debug"}
 
@@ -55,8 +55,11 @@ def server(
     """
     # Before grpc is loaded: children are spawned, never forked.
     os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
-    from fedsim.server.coordinator import serve
-    from fedsim.server.settings import load_settings
+    with uncollected(keep=True):
+        import asyncio
+
+        from fedsim.server.coordinator import serve
+        from fedsim.server.settings import load_settings
 
     settings = settings_of(context)
     flags: dict[str, object] = {

@@ -19,6 +19,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from fedsim import registry
 from fedsim.storage import sha256
 
 SCHEMA = 1
@@ -104,18 +105,21 @@ def packages() -> dict[str, str]:
         wanted |= {re.split(r"[^A-Za-z0-9._-]", need)[0] for need in used}
     except metadata.PackageNotFoundError:
         wanted |= {"torch", "numpy"}  # run from its source tree, without an installation
-    wanted |= {
-        found.name
-        for found in metadata.distributions()
-        if any(entry.group.startswith("fedsim.") for entry in found.entry_points)
-    }
+    wanted |= registry.distributions()
     versions: dict[str, str] = {}
     for name in sorted(wanted, key=str.lower):
         try:
-            versions[name] = metadata.version(name)
+            versions[name] = _version(metadata.distribution(name))
         except metadata.PackageNotFoundError:
             continue  # an extra that is not installed
     return versions
+
+
+def _version(installed: metadata.Distribution) -> str:
+    """The version in the head of a distribution's metadata, which by itself reads a whole manual too."""
+    head = (installed.read_text("METADATA") or "").partition("\n\n")[0]
+    found = re.search(r"^Version: *(\S+) *$", head, re.MULTILINE)
+    return found[1] if found else installed.version
 
 
 def cores() -> int:

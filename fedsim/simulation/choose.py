@@ -39,7 +39,8 @@ LARGEST_BLOCK = 1024
 # multiply-add for an example and a pass; convolutions, which use theirs more often, only do more.
 POOL_MULTIPLY_ADDS = 300_000_000
 # Into so many blocks for each core such a round is cut at least, so that processes have something to share.
-LEAST_BLOCKS = 2
+# Where sums are enough, blocks take equally long, and fewer of them share more.
+LEAST_BLOCKS, LEAST_BLOCKS_OF_SUMS = 2, 1
 
 
 _SLOW_IN_STACKS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.RNNBase)
@@ -88,6 +89,7 @@ def choose(
     spec: LocalSpec,
     algorithm: LocalAlgorithm | None,
     cohort: int,
+    sums_only: bool = False,
 ) -> Choice:
     """The engine for this run.
 
@@ -95,6 +97,7 @@ def choose(
         asked: the ``[engine]`` table.
         algorithm: the client half of the strategy under `spec`; None for an opaque training function.
         cohort: clients of a round.
+        sums_only: of the strategy's traits.
 
     Raises:
         ModelError: the engine that was asked for cannot run this.
@@ -115,8 +118,13 @@ def choose(
     long = _multiply_adds(place, spec, cohort) >= POOL_MULTIPLY_ADDS
     block = 1
     if name in ("fused", "stacked"):
-        sized = fused_block(place, cohort) if name == "fused" else block_size(place, spec, cohort)
-        block = asked.block or (min(sized, -(-cohort // (LEAST_BLOCKS * cores()))) if long else sized)
+        sums_only = sums_only and name == "fused"
+        if name == "fused":
+            sized = fused_block(place, cohort, sums_only=sums_only)
+        else:
+            sized = block_size(place, spec, cohort)
+        blocks = cores() * (LEAST_BLOCKS_OF_SUMS if sums_only else LEAST_BLOCKS)
+        block = asked.block or (min(sized, -(-cohort // blocks)) if long else sized)
     workers = 1
     if long and place.clients.device.type == "cpu" and why_no_fork(None) is None:
         workers = min(cores(), -(-cohort // block))

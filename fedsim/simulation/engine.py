@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch.utils import _pytree as pytree
 
-from fedsim.engine import Arrived, Drained, Event, Failed
+from fedsim.engine import Arrived, Drained, Event, Failed, Weigh
 from fedsim.local import LocalAlgorithm
 from fedsim.rows import RowStore
 from fedsim.simulation.clock import VirtualClock
@@ -24,8 +25,8 @@ from fedsim.simulation.crew import Alone, Bench, Crew, Order
 from fedsim.simulation.devices import DeviceModel
 from fedsim.simulation.ready import Ready, gathered
 from fedsim.simulation.sent import Chosen, Ledger, Sent, TaskKey, joined
-from fedsim.training.answer import Answer, from_rows
-from fedsim.training.work import ClientFailed, Trainer, Work, Workplace, client_message
+from fedsim.training.answer import from_rows
+from fedsim.training.work import ClientFailed, Trained, Trainer, Work, Workplace, client_message
 from fedsim.transform import UpdateTransform
 from fedsim.types import Floats, Ids, Message, Task, UpdateBlock
 
@@ -117,7 +118,9 @@ class SimulatedEngine:
     def settle(self) -> list[Event]:
         return []  # nothing is acknowledged before it is announced
 
-    def collect(self, ids: Ids, base_version: Ids) -> Iterator[UpdateBlock | Failed]:
+    def collect(
+        self, ids: Ids, base_version: Ids, weigh: Weigh | None = None
+    ) -> Iterator[UpdateBlock | Failed]:
         missing = self.sent.find(ids, base_version)
         if self.ready:
             keys = missing.keys
@@ -129,7 +132,7 @@ class SimulatedEngine:
                 self.store.stage(block.ids, kept)
                 yield block
         for alike in missing.alike:
-            yield from self._compute(alike, self._next_of(alike))
+            yield from self._compute(alike, self._next_of(alike), weigh)
         self._forget(ids, base_version)
 
     def commit(self, ids: Ids, base_version: Ids) -> None:
@@ -173,8 +176,9 @@ class SimulatedEngine:
                 break
         return found.take(np.arange(min(room, len(found))))
 
-    def _compute(self, asked: Chosen, early: Chosen) -> Iterator[UpdateBlock | Failed]:
+    def _compute(self, asked: Chosen, early: Chosen, weigh: Weigh | None) -> Iterator[UpdateBlock | Failed]:
         """Train the tasks; those asked for are yielded, the others wait until they are."""
+        assert weigh is None or not len(early), "what is asked for later is weighed later"
         both = joined(asked, early)
         plan = self.trainer.plan(both.steps)
         parts = [both.take(rows) for rows in plan]
@@ -182,14 +186,14 @@ class SimulatedEngine:
             Bench(self.place, self.trainer, self.transform, self.algorithm),
             both.sents[0].task.spec,
             [float(part.steps.sum()) for part in parts],
-            lambda number: self._order(parts[number]),
+            lambda number: self._order(parts[number], weigh),
         )
         for rows, part, outcome in zip(plan, parts, outcomes, strict=True):
             if isinstance(outcome, ClientFailed):
                 log.warning("client=%d failed: %s", outcome.client, outcome.reason, exc_info=outcome)
                 yield Failed(part.ids[:1], outcome.reason, part.versions[:1])
                 continue
-            block, kept = self._block(part, outcome), outcome.kept
+            block, kept = self._block(part, outcome.trained, outcome.vectors), outcome.kept
             due = rows < len(asked)
             if due.all():
                 self.store.stage(block.ids, kept)
@@ -221,15 +225,17 @@ class SimulatedEngine:
             lent = pytree.tree_map(lambda *leaves: torch.cat(leaves), *lend)
         return Work(ids, part.steps, part.rounds, tasks[0].spec, message, lent, buffers, mixed)
 
-    def _order(self, part: Chosen) -> Order:
+    def _order(self, part: Chosen, weigh: Weigh | None) -> Order:
         """The block with what is known of its clients' states."""
         work = self._work(part)
+        if weigh is not None:
+            work = replace(work, weights=weigh(self._block(part, _untrained(part.steps), {})))
         known = self.store.has(work.ids)
         return Order(work, known, self.store.read(work.ids[known]) if known.any() else {})
 
-    def _block(self, part: Chosen, found: Answer) -> UpdateBlock:
+    def _block(self, part: Chosen, trained: Trained, vectors: Any) -> UpdateBlock:
         """The answers of one block as the federation takes them."""
-        ids, trained = part.ids, found.trained
+        ids = part.ids
         return UpdateBlock(
             ids,
             part.versions,
@@ -237,13 +243,20 @@ class SimulatedEngine:
             trained.steps,
             trained.normaliser,
             part.seconds,
-            found.vectors,
+            vectors,
             trained.scalars,
             trained.metrics,
             trained.buffers,
             trained.int_buffers,
             self.store.version_of[ids],
+            summed=trained.summed,
         )
+
+
+def _untrained(steps: Ids) -> Trained:
+    """What is known of [C] clients before they train."""
+    unknown = np.full(len(steps), np.nan)
+    return Trained({}, {}, (), unknown, {}, None, None, steps)
 
 
 def _equal(seconds: Floats) -> list[Ids]:

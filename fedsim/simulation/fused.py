@@ -20,14 +20,17 @@ from torch.utils import _pytree as pytree
 from fedsim.errors import ModelError
 from fedsim.local import LocalAlgorithm, from_broadcast, report_delta
 from fedsim.simulation.fused_data import StepData, steps_of
-from fedsim.simulation.fused_first import Eager, First, Lazy
+from fedsim.simulation.fused_first import Eager, First
 from fedsim.simulation.fused_fit import layers_for, unfit
 from fedsim.simulation.fused_layers import Layers
+from fedsim.simulation.fused_lazy import Lazy
 from fedsim.simulation.fused_losses import LOSSES, BlockLoss
+from fedsim.simulation.fused_order import permuted, restored
 from fedsim.simulation.fused_stacks import Moving, MovingLayer, Scratch
+from fedsim.simulation.fused_sums import BlockSum
 from fedsim.simulation.fused_task import AffineTask
 from fedsim.training.clients import Schedule
-from fedsim.training.work import Trained, Work, Workplace, by_size, client_lent, client_message
+from fedsim.training.work import Trained, Work, Workplace, by_work, client_lent, client_message
 from fedsim.types import Floats, Ids
 from fedsim.vector import Vector
 
@@ -37,6 +40,8 @@ _IN_ROWS_BYTES = 256 << 10
 # Rows of a client between two updates of a large first layer: with more of them the products with its
 # weights are faster, and the table of the inputs' products grows.
 _WINDOW_ROWS = 64
+# The same where only the sum of the updates is wanted: the weights are then neither read nor written.
+_SUMMED_ROWS = 256
 # Parameters of one block: half of a last-level cache of 32 MB.
 _BLOCK_BYTES = 16 << 20
 
@@ -69,7 +74,7 @@ class FusedTrainer:
         self.room: Callable[[tuple[int, ...], torch.dtype], Tensor] | None = None
 
     def plan(self, steps: Ids) -> list[Ids]:
-        return by_size(steps, self.block)
+        return by_work(steps, self.block)
 
     def train(self, work: Work, algorithm: LocalAlgorithm, states: Any) -> Trained:
         reason = unfit(work.spec, algorithm, self.place.grad_fn)
@@ -78,9 +83,9 @@ class FusedTrainer:
         order = np.argsort(-work.steps, kind="stable")
         if (order == np.arange(len(order))).all():
             return self._train(work, algorithm, states)
-        sorted_work, sorted_states = _permuted(work, states, order)
+        sorted_work, sorted_states = permuted(work, states, order)
         trained = self._train(sorted_work, algorithm, sorted_states)
-        return _restored(trained, np.argsort(order, kind="stable"))
+        return restored(trained, np.argsort(order, kind="stable"))
 
     def _train(self, work: Work, algorithm: LocalAlgorithm, states: Any) -> Trained:
         """Clients sorted by steps, most first."""
@@ -103,10 +108,13 @@ class FusedTrainer:
         stays = algorithm.init is from_broadcast and not work.mixed
         reports_delta = stays and algorithm.finish is report_delta
         leap = reports_delta and len(schedule) <= 1
+        sums: BlockSum | None = None
+        if work.weights is not None and reports_delta and motion.common:
+            sums = BlockSum(spec, work.weights, place.clients.device)
         carry: Any = ()
         if stays:
             start: Vector | None = message.x
-            rows, values = self._room(clients, in_rows=reports_delta)
+            rows, values = self._room(clients, reported=reports_delta, summed=sums is not None)
         else:
             start, rows = None, None
             x, carry = task.start()
@@ -117,17 +125,22 @@ class FusedTrainer:
             )
             for name in spec.names
         }
-        losses, seen = self._run(schedule, rate, moving, leaps=reports_delta)
         active = int((work.steps > 0).sum())
-        for parameter in moving.values():
-            parameter.settle(active)
+        losses, seen = self._run(schedule, rate, moving, leaps=reports_delta, active=active, sums=sums)
         normaliser = _lengths(schedule.lr, work.steps)
+        vectors: dict[str, Tensor] = {}
+        scalars: dict[str, Tensor] = {}
+        metrics: dict[str, Floats] = {}
+        summed = None if sums is None else sums.result()
+        if sums is not None and summed is None:
+            return self._train(replace(work, weights=None), algorithm, states)
+        if sums is None:
+            for parameter in moving.values():
+                parameter.settle(active)
         if rows is not None:
             assert start is not None
             vectors = {"delta": self._report(rows, moving, start)}
-            scalars: dict[str, Tensor] = {}
-            metrics: dict[str, Floats] = {}
-        else:
+        elif sums is None:
             length = torch.from_numpy(normaliser).to(place.clients.device)
             result, state, found = task.finish(Vector(values), carry, length)
             vectors = {name: spec.flatten(v, stacked=True) for name, v in result.vectors.items()}
@@ -142,22 +155,22 @@ class FusedTrainer:
             None,
             None,
             np.asarray(work.steps, np.int64).copy(),
+            summed=summed,
         )
 
-    def _room(self, clients: int, *, in_rows: bool) -> tuple[Tensor | None, dict[str, Tensor]]:
+    def _room(self, clients: int, *, reported: bool, summed: bool) -> tuple[Tensor | None, dict[str, Tensor]]:
         """Memory for the rows that are reported and for each parameter's stack, which may lie in them."""
         spec, device = self.place.spec, self.place.clients.device
         rows: Tensor | None = None
-        if in_rows and self.room is not None:
-            rows = self.room((clients, spec.size), spec.dtype)
-        elif in_rows:
-            rows = torch.empty((clients, spec.size), dtype=spec.dtype, device=device)
+        if reported and not summed:
+            make = self.room or (lambda shape, dtype: torch.empty(shape, dtype=dtype, device=device))
+            rows = make((clients, spec.size), spec.dtype)
         values: dict[str, Tensor] = {}
         for (name, part), shape in zip(spec.slices().items(), spec.shapes, strict=True):
             size = part.stop - part.start
             if rows is not None and size * spec.dtype.itemsize >= _IN_ROWS_BYTES:
                 values[name] = rows[:, part].view(clients, *shape)
-            elif rows is not None:
+            elif reported:
                 values[name] = self.scratch.take(f"stack {name}", clients, *shape)
             else:
                 values[name] = torch.empty((clients, *shape), dtype=spec.dtype, device=device)
@@ -175,17 +188,33 @@ class FusedTrainer:
         return rows
 
     def _run(
-        self, schedule: Schedule, rate: float, moving: dict[str, Moving], *, leaps: bool
+        self,
+        schedule: Schedule,
+        rate: float,
+        moving: dict[str, Moving],
+        *,
+        leaps: bool,
+        active: int,
+        sums: BlockSum | None,
     ) -> tuple[Floats, Floats]:
         """All steps; [C] sums of the losses over examples, and of examples."""
+        once = sums if len(schedule) == 1 else None
         layers = [
-            MovingLayer(dense, moving[dense.weight], moving[dense.bias] if dense.bias else None, self.scratch)
+            MovingLayer(
+                dense,
+                moving[dense.weight],
+                moving[dense.bias] if dense.bias else None,
+                self.scratch,
+                once,
+            )
             for dense in self.layers.dense
         ]
         clients = len(schedule.ids)
         losses, seen = np.zeros(clients), np.zeros(clients)
-        window = self._window(schedule)
-        first: First = Lazy(layers[0], self.scratch, leaps=leaps) if window else Eager(layers[0])
+        window = self._window(schedule, longest=_SUMMED_ROWS if sums is not None else _WINDOW_ROWS)
+        first: First = Eager(layers[0])
+        if window:
+            first = Lazy(layers[0], self.scratch, leaps=leaps, sums=sums)
         for data in steps_of(schedule, rate, self.layers.before, window=window):
             loss = self.loss(data.targets, data.weights, self.layers.dense[-1].outputs)
             first.open(data)
@@ -195,13 +224,23 @@ class FusedTrainer:
             of_rows = loss.losses().double().cpu().numpy()
             losses += np.bincount(data.owners[real], of_rows[real], minlength=clients)
             seen += np.bincount(data.owners[real], minlength=clients)
+        if sums is not None:
+            for layer in layers[1:] if window else layers:
+                if not layer.summed:
+                    _add_changes(sums, layer, active)
         return losses, seen
 
-    def _window(self, schedule: Schedule) -> int:
-        """Rows of a client for which the first layer waits with its update, 0 where it does not pay."""
+    def _window(self, schedule: Schedule, *, longest: int) -> int:
+        """Rows of a client for which the first layer waits with its update, 0 where it does not pay.
+
+        Args:
+            longest: window, if it holds all rows of the client with most of them.
+        """
         size = self.layers.dense[0].inputs * self.layers.dense[0].outputs * self.place.spec.dtype.itemsize
         if self.place.clients.device.type != "cpu" or size < _IN_ROWS_BYTES or len(schedule) < 2:
             return 0
+        if int((schedule.positions >= 0).any(axis=0).sum()) <= longest:
+            return longest
         return _WINDOW_ROWS if 2 * schedule.positions.shape[2] <= _WINDOW_ROWS else 0
 
     def _steps(self, data: StepData, first: First, layers: list[MovingLayer], loss: BlockLoss) -> None:
@@ -241,10 +280,25 @@ class FusedTrainer:
             row += clients * width
 
 
-def fused_block(place: Workplace, cohort: int) -> int:
-    """C: as many clients as keep the stacked parameters and their data near the last-level cache."""
+def _add_changes(sums: BlockSum, layer: MovingLayer, active: int) -> None:
+    """Of a layer that holds the weights of the first `active` clients, which took steps."""
+    for parameter in (layer.weight, layer.bias):
+        if parameter is None or not active:
+            continue
+        assert parameter.start is not None
+        changes = parameter.values[:active].clone()
+        changes[: parameter.leaps_from].sub_(parameter.start)
+        sums.add_changes(parameter.name, changes, slice(active))
+
+
+def fused_block(place: Workplace, cohort: int, *, sums_only: bool) -> int:
+    """C: as many clients as keep the stacked parameters and their data near the last-level cache.
+
+    Args:
+        sums_only: no update is made, and most parameters are not stacked.
+    """
     parameters = place.spec.size * place.spec.dtype.itemsize
-    most = 64 << 20 if place.clients.device.type == "cuda" else _BLOCK_BYTES
+    most = 64 << 20 if place.clients.device.type == "cuda" or sums_only else _BLOCK_BYTES
     return int(np.clip(most // max(1, parameters), 1, max(1, min(cohort, 1024))))
 
 
@@ -253,42 +307,6 @@ def _lengths(lr: Tensor, steps: Ids) -> np.ndarray:
     dtype = np.float64 if lr.dtype == torch.float64 else np.float32
     sums = np.concatenate([[0], np.cumsum(np.full(int(steps.max(initial=0)), float(lr), dtype))])
     return np.asarray(sums.astype(dtype)[steps])
-
-
-def _permuted(work: Work, states: Any, order: Ids) -> tuple[Work, Any]:
-    """The clients in another order."""
-    index = torch.from_numpy(order)
-
-    def rows(tree: Any) -> Any:
-        return pytree.tree_map(lambda leaf: leaf[index.to(leaf.device)], tree)
-
-    message = rows(work.message) if work.mixed else work.message
-    moved = replace(
-        work,
-        ids=work.ids[order],
-        steps=work.steps[order],
-        rounds=work.rounds[order],
-        message=message,
-        lent=rows(work.lent),
-    )
-    return moved, rows(states)
-
-
-def _restored(trained: Trained, order: Ids) -> Trained:
-    """What the clients came back with, in another order."""
-    index = torch.from_numpy(order)
-
-    def rows(tree: Any) -> Any:
-        return pytree.tree_map(lambda leaf: leaf[index.to(leaf.device)], tree)
-
-    return trained._replace(
-        vectors=rows(trained.vectors),
-        scalars=rows(trained.scalars),
-        states=rows(trained.states),
-        normaliser=trained.normaliser[order],
-        metrics={name: values[order] for name, values in trained.metrics.items()},
-        steps=trained.steps[order],
-    )
 
 
 def _own(leaf: Tensor) -> Tensor:

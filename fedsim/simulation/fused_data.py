@@ -31,7 +31,8 @@ class StepData(NamedTuple):
         inputs: [R, D_in], or one client behind the other where the run is a window; targets: [R, ...].
         weights: [R], -η over the number of real rows of the batch, 0 for padding.
         owners: [R] clients of the block; positions: [R] among the client's examples, -1 for padding.
-        lengths: [k] rows of `inputs` of each client of a window; remaining: [k] whether more steps follow.
+        lengths: [k] rows of `inputs` of each client of a window; taken: [k] its steps in the window;
+            remaining: [k] whether more steps follow.
     """
 
     shapes: list[tuple[int, int]]
@@ -41,6 +42,7 @@ class StepData(NamedTuple):
     owners: Ids
     positions: Ids
     lengths: Sequence[int] = ()
+    taken: Sequence[int] = ()
     remaining: Sequence[bool] = ()
 
 
@@ -101,10 +103,13 @@ def _gathered(
             [_keys(schedule, s, k)[:, :b].ravel() for s, (k, b) in zip(steps, shapes, strict=True)]
         )
     lengths: list[int] = []
+    taken: list[int] = []
     remaining: list[bool] = []
     order = None
     if by_client:
-        order, lengths = _by_client(owners, shapes, real[:, first:last])
+        counted = (working[first:last] > np.arange(shapes[0][0])[:, None]).sum(axis=1)
+        order, lengths = _by_client(owners, shapes, real[:, first:last], counted)
+        taken = counted.tolist()
         remaining = (schedule.steps[: shapes[0][0]] > last).tolist()
     inputs, targets = clients.gather_flat(schedule.ids[owners], positions, keys, order)
     inputs = inputs.flatten(1)
@@ -112,18 +117,22 @@ def _gathered(
         inputs = activation.forward(inputs, torch.empty_like(inputs))
     weights = torch.from_numpy(np.where(positions >= 0, -rate / np.maximum(counts, 1), 0.0))
     weights = weights.to(clients.device, clients.dtype)
-    return StepData(shapes, inputs, targets, weights, owners, positions, lengths, remaining)
+    return StepData(shapes, inputs, targets, weights, owners, positions, lengths, taken, remaining)
 
 
-def _by_client(owners: Ids, shapes: Sequence[tuple[int, int]], real: Ids) -> tuple[Ids, list[int]]:
+def _by_client(
+    owners: Ids, shapes: Sequence[tuple[int, int]], real: Ids, steps: Ids
+) -> tuple[Ids, list[int]]:
     """Which rows, client by client in the order of their steps, without the padding at a client's end.
+
+    Args:
+        steps: [k] that each client takes.
 
     Returns:
         Their order, and how many each client has.
     """
     clients = shapes[0][0]
     widths = np.array([width for _, width in shapes])
-    steps = np.array([sum(client < k for k, _ in shapes) for client in range(clients)])
     lengths = np.concatenate([[0], np.cumsum(widths)])[steps - 1] + real[np.arange(clients), steps - 1]
     order = np.argsort(owners, kind="stable")
     whole = np.bincount(owners, minlength=clients)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fedsim.simulation.fused_layers import Dense
+from fedsim.simulation.fused_sums import BlockSum, pays, squared_norms
 
 
 class Motion(NamedTuple):
@@ -27,6 +28,13 @@ class Motion(NamedTuple):
     decay: float | Tensor
     rate: float
     added: dict[str, Tensor] | None
+
+    @property
+    def common(self) -> bool:
+        """The same for all clients."""
+        if isinstance(self.decay, Tensor):
+            return False
+        return all(len(b) == 1 or b.stride(0) == 0 for b in (self.added or {}).values())
 
 
 class Scratch:
@@ -62,6 +70,7 @@ class Moving:
     def __init__(
         self, name: str, values: Tensor, start: Tensor | None, motion: Motion, *, leap: bool
     ) -> None:
+        self.name = name
         self.values = values
         self.start = start
         self.fresh = start is not None
@@ -143,10 +152,20 @@ class MovingLayer:
         layer: its names and widths.
         weight: [C, out, in]; bias: [C, out] or None.
         scratch: for what a step needs.
+        sums: takes the changes of clients that take one step only, None where they are kept.
     """
 
-    def __init__(self, layer: Dense, weight: Moving, bias: Moving | None, scratch: Scratch) -> None:
+    def __init__(
+        self,
+        layer: Dense,
+        weight: Moving,
+        bias: Moving | None,
+        scratch: Scratch,
+        sums: BlockSum | None = None,
+    ) -> None:
         self.layer, self.weight, self.bias, self.scratch = layer, weight, bias, scratch
+        self.sums = sums
+        self.summed = False
 
     def forward(self, inputs: Tensor) -> Tensor:
         """[k, B, out] of [k, B, in]."""
@@ -178,6 +197,15 @@ class MovingLayer:
 
     def update(self, inputs: Tensor, g: Tensor) -> None:
         """Move against the derivatives; `g` [k, B, out] carries -η."""
+        k, rows, _ = g.shape
+        motion = self.weight.motion
+        if self.sums is not None and motion == (1.0, motion.rate, None) and pays(self.layer, rows):
+            owners = torch.arange(k, device=g.device).repeat_interleave(rows)
+            self.sums.add_product(self.layer, g.flatten(0, 1), inputs.flatten(0, 1), owners)
+            squares = squared_norms(g, inputs, bias=self.bias is not None)
+            self.sums.squares[:k].add_(squares)
+            self.summed = True
+            return
         self.weight.product(g.transpose(1, 2), inputs)
         if self.bias is not None:
             self.bias.sum(g)

@@ -170,7 +170,7 @@ class Pool:
             )
         work = task.order.work
         content = (
-            work.ids, work.steps, work.rounds, work.lent, task.order.known, task.order.rows,
+            work.ids, work.steps, work.rounds, work.lent, task.order.known, task.order.rows, work.weights,
         )  # fmt: skip
         words: Words = {"order": task.ticket, "spec": task.call.spec, "mixed": work.mixed}
         placed, files = self.arena.write(worker.number, task.slot, task.page, content, work)
@@ -217,10 +217,10 @@ class Pool:
         assert self._bench is not None
         device = self._bench.place.clients.device
         found: Any = unpack(words["answer"], self.arena.lease(task.slot, words["size"]), device)
-        vectors, kept, scalars, normaliser, metrics, buffers, int_buffers, steps, examples = found
+        vectors, kept, scalars, normaliser, metrics, buffers, int_buffers, steps, examples, summed = found
         # Whoever keeps a number of each client for the record must not keep the whole slot with it.
         scalars = {name: values.clone() for name, values in scalars.items()}
-        trained = Trained({}, scalars, (), normaliser, metrics, buffers, int_buffers, steps, examples)
+        trained = Trained({}, scalars, (), normaliser, metrics, buffers, int_buffers, steps, examples, summed)
         return Answer(trained, vectors, kept)
 
     def _replace(self, worker: Seat) -> None:

@@ -162,12 +162,11 @@ class Desk:
             memory.reach(words["sizes"][str(slot)])
             return unpack(form, memory.lease(), device)
 
-        ids, steps, rounds, lent, known, rows = read(words["slot"], words["work"])
+        ids, steps, rounds, lent, known, rows, weights = read(words["slot"], words["work"])
         vectors, scalars, floating, integers = read(words["page"], words["message"])
         message, buffers = Message(vectors, scalars), Buffers(floating, integers)
-        return Order(
-            Work(ids, steps, rounds, spec, message, lent, buffers, words["mixed"]), known.astype(bool), rows
-        )
+        work = Work(ids, steps, rounds, spec, message, lent, buffers, words["mixed"], weights)
+        return Order(work, known.astype(bool), rows)
 
 
 def plain(found: Answer) -> tuple[Any, ...]:
@@ -183,6 +182,7 @@ def plain(found: Answer) -> tuple[Any, ...]:
         trained.int_buffers,
         trained.steps,
         trained.examples,
+        trained.summed,
     )
 
 

@@ -122,6 +122,7 @@ class Simulation(FederatedRun):
             spec=self.config.client,
             algorithm=None if opaque is not None else self.algorithm(self.config.client),
             cohort=self.cohort,
+            sums_only=self.strategy.traits.sums_only,
         )
         self.place, trainer = make_training(choice, self.place, self.config.engine, opaque)
         self.grad_fn = self.place.grad_fn

@@ -27,7 +27,7 @@ SIZES = ("quick", "decision", "full")
 
 
 class _Table(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class SweepTable(_Table):

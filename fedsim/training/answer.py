@@ -14,12 +14,14 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from fedsim.folding import row_norms
 from fedsim.keys import Purpose, stream_keys
 from fedsim.local import LocalAlgorithm
 from fedsim.optimizers import make_optimizer
+from fedsim.strategy import weighted_sum
 from fedsim.training.work import Trained, Trainer, Work, Workplace, client_lent, client_message
 from fedsim.transform import UpdateTransform
-from fedsim.types import Bools, Ids, Message
+from fedsim.types import Bools, Ids, Message, Summed
 
 _LARGE = 1 << 22
 """Values above which tensors without memory are worth the second that their first use costs."""
@@ -33,7 +35,8 @@ class Answer(NamedTuple):
 
     Args:
         trained: as the trainer left it.
-        vectors: {name: [C, D]} as they are sent, or what the transform made of them.
+        vectors: {name: [C, D]} as they are sent, or what the transform made of them; without "delta" where
+            `trained` holds its sum.
         kept: {name: [C, *shape]} what each client keeps once its answer has counted.
     """
 
@@ -58,7 +61,7 @@ def answer(
     with torch.no_grad():
         held = known(work.ids)
         states = _filled(_fresh(place, work, algorithm), "local", *held)
-        trained = trainer.train(work, algorithm, states)
+        trained = _added_up(work, trainer.train(work, algorithm, states))
         vectors: Any = trained.vectors
         kept: Any = ()
         if transform is not None:
@@ -67,6 +70,21 @@ def answer(
             keys = stream_keys(place.seed, Purpose.ENCODE, work.rounds, work.ids)
             vectors, kept = transform.encode(_filled(fresh, "transform", *held), trained.vectors, keys)
     return Answer(trained, vectors, _named(trained.states, "local") | _named(kept, "transform"))
+
+
+def _added_up(work: Work, trained: Trained) -> Trained:
+    """The sum of the updates instead of their rows, where that is wanted and less than they are."""
+    rows = trained.vectors.get("delta")
+    if work.weights is None or rows is None or len(rows) < 2:
+        return trained
+    if trained.examples is not None or not np.array_equal(trained.steps, work.steps):
+        return trained  # the clients say themselves how they are to be weighed
+    norms, finite = row_norms(rows)
+    if not finite.all():
+        return trained  # whoever refuses some of them needs the others
+    others = {name: value for name, value in trained.vectors.items() if name != "delta"}
+    summed = Summed(work.weights, weighted_sum(work.weights, rows), norms)
+    return trained._replace(vectors=others, summed=summed)
 
 
 def from_rows(state: Any, rows: Mapping[str, Tensor]) -> Any:

@@ -13,7 +13,7 @@ from fedsim.buffers import Buffers
 from fedsim.flat import ParamSpec
 from fedsim.local import LocalAlgorithm, LocalSpec
 from fedsim.training.clients import ClientData
-from fedsim.types import Floats, GradFn, Ids, Message
+from fedsim.types import Floats, GradFn, Ids, Message, Summed
 from fedsim.vector import Vector
 
 
@@ -50,6 +50,8 @@ class Work:
         lent: named tensors with a leading C, or ().
         buffers: of the model, [Db]; [C, Db] where `mixed`.
         mixed: the clients start from different versions.
+        weights: [C], where their weighted sum is all that is wanted of the updates; a trainer may make rows
+            all the same.
     """
 
     ids: Ids
@@ -60,18 +62,20 @@ class Work:
     lent: Any
     buffers: Buffers
     mixed: bool = False
+    weights: Floats | None = None
 
 
 class Trained(NamedTuple):
     """What a block of C clients comes back with, before transforms.
 
     Args:
-        vectors: {name: [C, D]}; scalars: {name: [C]}.
+        vectors: {name: [C, D]}, without "delta" where it is summed; scalars: {name: [C]}.
         states: pytree of what each client keeps, leaves with a leading C.
         normaliser: [C]; metrics: {name: [C]}, ``loss`` among them.
         buffers, int_buffers: [C, Db], [C, Di] or None.
         steps: [C] local steps taken.
         examples: [C] where the clients say themselves, else None.
+        summed: the updates by the weights of the work.
     """
 
     vectors: Mapping[str, Tensor]
@@ -83,6 +87,7 @@ class Trained(NamedTuple):
     int_buffers: Tensor | None
     steps: Ids
     examples: Ids | None = None
+    summed: Summed | None = None
 
 
 class ClientFailed(Exception):
@@ -151,3 +156,26 @@ def by_size(steps: Ids, block: int) -> list[Ids]:
     """Clients sorted by local steps, most first (ties in cohort order), cut into blocks."""
     order = np.argsort(-steps, kind="stable").astype(np.int64)
     return [order[start : start + block] for start in range(0, len(order), block)]
+
+
+def by_work(steps: Ids, block: int) -> list[Ids]:
+    """As many blocks as `by_size` cuts, but each with about as many steps as the others.
+
+    Clients with many steps then share a block with few others, and whoever computes a block is as long at
+    it as at any other. None holds more than 2 · `block` clients.
+    """
+    order = np.argsort(-steps, kind="stable").astype(np.int64)
+    count = -(-len(order) // block)
+    work = np.cumsum(steps[order] + 1.0)  # a client without a step takes time too
+    parts: list[Ids] = []
+    start = 0
+    for left in range(count, 0, -1):
+        wanted = (work[-1] - (work[start - 1] if start else 0.0)) / left
+        end = int(np.searchsorted(work, wanted + (work[start - 1] if start else 0.0))) + 1
+        # Enough for those who come to fill the others, and no more than these can hold.
+        least = max(start + 1, len(order) - (left - 1) * 2 * block)
+        most = min(start + 2 * block, len(order) - (left - 1))
+        end = min(max(end, least), most)
+        parts.append(order[start:end])
+        start = end
+    return parts

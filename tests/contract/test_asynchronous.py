@@ -148,7 +148,7 @@ class Damaged:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.inner, name)
 
-    def collect(self, ids: Ids, base_version: Ids) -> Iterator[UpdateBlock | Failed]:
+    def collect(self, ids: Ids, base_version: Ids, weigh: Any = None) -> Iterator[UpdateBlock | Failed]:
         for answer in self.inner.collect(ids, base_version):
             if isinstance(answer, UpdateBlock):
                 answer.vectors["delta"][torch.from_numpy(answer.ids == 1)] = float("nan")

@@ -39,7 +39,7 @@ def one_by_one(small: Small, released: list[int], *, mapped: bool) -> None:
     engine: Any = small.federation.engine
     collect = engine.collect
 
-    def single(ids: Ids, base_version: Ids) -> Iterator[UpdateBlock | Failed]:
+    def single(ids: Ids, base_version: Ids, weigh: Any = None) -> Iterator[UpdateBlock | Failed]:
         for block in collect(ids, base_version):
             for row in range(len(block)):
                 one = block.take(np.array([row]))

@@ -205,7 +205,7 @@ class Corrupting:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.inner, name)
 
-    def collect(self, ids: Any, base_version: Any) -> Iterator[Any]:
+    def collect(self, ids: Any, base_version: Any, weigh: Any = None) -> Iterator[Any]:
         for answer in self.inner.collect(ids, base_version):
             if isinstance(answer, UpdateBlock) and self.client in answer.ids:
                 row = int(np.flatnonzero(answer.ids == self.client)[0])

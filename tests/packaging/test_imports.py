@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 HEAVY = {
+    "asyncio",
     "datasets",
     "fastapi",
     "flwr",

@@ -53,7 +53,7 @@ def test_every_row_of_the_client_log_has_its_own_reason() -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_one_value_that_is_not_finite_refuses_the_whole_update(value: float) -> None:
-    def damaged(ids: Ids, base_version: Ids) -> Iterator[UpdateBlock]:
+    def damaged(ids: Ids, base_version: Ids, weigh: Any = None) -> Iterator[UpdateBlock]:
         block = answer(ids.tolist())
         block.vectors["delta"][1, 0] = value
         yield block
@@ -66,7 +66,7 @@ def test_one_value_that_is_not_finite_refuses_the_whole_update(value: float) -> 
 
 
 def test_a_large_but_finite_update_is_no_refusal() -> None:
-    def large(ids: Ids, base_version: Ids) -> Iterator[UpdateBlock]:
+    def large(ids: Ids, base_version: Ids, weigh: Any = None) -> Iterator[UpdateBlock]:
         block = answer(ids.tolist())
         yield UpdateBlock(
             block.ids, block.base_version, block.examples, block.local_steps, block.normaliser,
@@ -80,7 +80,7 @@ def test_a_large_but_finite_update_is_no_refusal() -> None:
 
 
 def test_scalars_that_are_not_finite_refuse_the_update_too() -> None:
-    def with_scalar(ids: Ids, base_version: Ids) -> Iterator[UpdateBlock]:
+    def with_scalar(ids: Ids, base_version: Ids, weigh: Any = None) -> Iterator[UpdateBlock]:
         for client in ids.tolist():
             block = answer([client])
             value = torch.tensor([float("nan") if client == 3 else 1.0], dtype=torch.float64)

@@ -63,7 +63,9 @@ def test_short_rounds_stay_in_one_process_and_long_ones_take_the_cores(
     assert chosen({"workers": 1}, client={"epochs": 200}).config.engine.workers == 1
     # A long round is cut into blocks that processes can share, on any machine.
     assert chosen().config.engine.block == 10
-    assert chosen(client={"epochs": 200}).config.engine.block == 2  # of 10 clients, for 3 cores
+    assert chosen(client={"epochs": 200}).config.engine.block == 4  # of 10 clients, for 3 cores
+    scaffold = {"name": "scaffold"}  # needs each update, so that blocks may take unequally long
+    assert chosen(client={"epochs": 200}, strategy=scaffold).config.engine.block == 2
     assert chosen({"block": 5}, client={"epochs": 200}).config.engine.workers == 2
 
 

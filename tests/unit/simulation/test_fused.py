@@ -416,7 +416,8 @@ def test_a_task_that_does_not_fit_is_refused_and_not_trained_otherwise() -> None
 
 def test_a_block_is_as_large_as_the_cache_allows() -> None:
     tiny = place_of(nn.Sequential(nn.Linear(6, CLASSES)))
-    assert fused_block(tiny, 100) == 100
-    assert fused_block(tiny, 100_000) == 1024
+    assert fused_block(tiny, 100, sums_only=False) == 100
+    assert fused_block(tiny, 100_000, sums_only=True) == 1024
     large = place_of(nn.Sequential(nn.Linear(6, 4000), nn.Linear(4000, CLASSES)))
-    assert 1 <= fused_block(large, 100) < 100
+    of_rows, of_sums = (fused_block(large, 1000, sums_only=only) for only in (False, True))
+    assert 1 <= of_rows < of_sums < 1000
