@@ -99,7 +99,7 @@ class LocalAlgorithm(NamedTuple):
         phases: what is done in order; most algorithms have one phase.
         finish: (msg, lent, client_state, x, carry, normaliser) -> Result, client_state, metrics.
         personal: (msg, client_state) -> x that this client evaluates with, None for the global x.
-        terms: of an affine algorithm, what `affine` was built from, for engines that fuse them.
+        terms, gradient: of an affine algorithm, what `affine` was built from, for engines that fuse them.
         keeps_optimizer: the optimiser's state persists between the tasks of a client.
     """
 
@@ -109,6 +109,7 @@ class LocalAlgorithm(NamedTuple):
     finish: Callable[..., tuple[Result, Any, Mapping[str, Tensor]]]
     personal: Callable[[Message, Any], Vector] | None = None
     terms: Terms | None = None
+    gradient: GradFn | None = None
     keeps_optimizer: bool = False
 
 
@@ -144,8 +145,9 @@ def affine(
 ) -> LocalAlgorithm:
     """SGD plus additive terms: direction = g + a·x + b with (a, b) = terms(msg, lent, state).
 
-    `a` is a number or 0-d tensor and `b` a Vector or None; both are constant during a task, which is
-    what lets a fused engine apply them inside a layer's backward.
+    g is what `grad_fn` gives: the gradient, or one taken uphill (`fedsim.uphill`). `a` is a number or 0-d
+    tensor and `b` a Vector or None; both are constant during a task, which is what lets a fused engine
+    apply them inside a layer's backward.
     """
 
     def direction(
@@ -159,7 +161,7 @@ def affine(
             g = g + b
         return Direction(g), carry, aux
 
-    return LocalAlgorithm(fresh, init, (Phase(direction),), finish, terms=terms)
+    return LocalAlgorithm(fresh, init, (Phase(direction),), finish, terms=terms, gradient=grad_fn)
 
 
 def trained(phase: Phase, vector: Vector) -> Vector:

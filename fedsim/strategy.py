@@ -51,7 +51,7 @@ class Traits:
         needs_normaliser: divides by the sum of local step lengths.
         needs: what `init` asks of the population: its long-run participation ``rates``, the
             ``durations`` of its tasks; and ``period``: windows of a fixed length.
-        affine: the direction is g + a·x + b.
+        affine: the direction is g + a·x + b, g the gradient or one taken uphill (`fedsim.uphill`).
         columnwise: `fold` and `apply` treat each entry of the model by itself, with nothing but scalars in
             common, and `fold` makes no rows: a large model may be given to them piece by piece.
         sums_only: `fold` is `fold_deltas`, and `weigh` reads nothing that training finds out (neither

@@ -44,14 +44,9 @@ def fedgamma(
     controlled = scaffold(server_lr=server_lr, state_at=state_at, control=control)
 
     def local(grad_fn: GradFn, spec: LocalSpec) -> LocalAlgorithm:
-        half = controlled.local(perturbed(grad_fn, rho=rho), spec)
-        return half if rho == 0.0 else half._replace(terms=None)
+        return controlled.local(perturbed(grad_fn, rho=rho), spec)
 
     return controlled._replace(
         local=local,
-        traits=replace(
-            controlled.traits,
-            affine=controlled.traits.affine and rho == 0.0,
-            neutral="rho = 0 -> scaffold",
-        ),
+        traits=replace(controlled.traits, neutral="rho = 0 -> scaffold"),
     )

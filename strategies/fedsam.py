@@ -44,8 +44,7 @@ def fedsam(
     averaging = fedavg(server_lr=server_lr, weighting=weighting, importance=importance)
 
     def local(grad_fn: GradFn, spec: LocalSpec) -> LocalAlgorithm:
-        half = affine(perturbed(grad_fn, rho=rho))
-        return relaxed(half if rho == 0.0 else half._replace(terms=None), init_beta)
+        return relaxed(affine(perturbed(grad_fn, rho=rho)), init_beta)
 
     return averaging._replace(
         local=local,
@@ -53,7 +52,7 @@ def fedsam(
             averaging.traits,
             modes=frozenset({"sync"}),
             client_hooks=True,
-            affine=rho == 0.0,
+            affine=True,
             client_state="client" if init_beta > 0.0 else "none",
             neutral="rho = 0 -> fedavg",
         ),

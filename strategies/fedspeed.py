@@ -157,7 +157,6 @@ def fedspeed(
         )
     at_client, keeps_last = state_at == "client", init_beta > 0.0
     over_all = dual and dual_average == "all"
-    single = rho == 0.0 or alpha == 0.0  # one gradient a step
 
     def terms(msg: Message, lent: Any, client_state: Any) -> tuple[Tensor | float, Vector | None]:
         if not dual:
@@ -170,8 +169,6 @@ def fedspeed(
         check_proximal(spec, prox, "prox")
         gradient = perturbed(grad_fn, rho=rho, alpha=alpha)
         half = scoped(gradient, terms, scope=clip_scope, bound=spec.clip_norm)
-        if not single:
-            half = half._replace(terms=None)  # what is added is affine, the gradient is not the data's
         if not at_client:
             return half._replace(init=from_lent_start) if keeps_last else half
         if dual:
@@ -211,7 +208,7 @@ def fedspeed(
         traits=Traits(
             client_state=state_at if held else "none",
             client_hooks=True,
-            affine=single and clip_scope == "total",
+            affine=clip_scope == "total",
             columnwise=at_client or not held,
             down_factor=1 if at_client else 1 + held,
             server_vectors=1 if over_all else 0,

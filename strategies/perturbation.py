@@ -1,28 +1,11 @@
-"""Gradients taken uphill: the ascent step of sharpness-aware minimisation.
-
-Foret et al. 2021, "Sharpness-aware minimization for efficiently improving generalization", equation 2
-and Algorithm 1. Symbols: x the point, ξ the mini-batch, ρ the radius, α the share of the second gradient.
-
-    g1 = ∇F(x; ξ)
-    e  = ρ g1 / (‖g1‖ + 1e-7)        over all parameters jointly; 0 where g1 = 0
-    g2 = ∇F(x + e; ξ)                on the same mini-batch
-    g~ = (1 - α) g1 + α g2
-
-Loss, metrics and the model's buffers are those of x: the second evaluation leaves no trace but g2.
-"""
+"""What strategies of sharpness-aware steps share: their gradient (`fedsim.uphill`) and its parameters."""
 
 from __future__ import annotations
 
-from fedsim.types import Aux, Batch, GradFn
-from fedsim.vector import Vector
+from fedsim.types import GradFn
+from fedsim.uphill import UphillGradient, ascent
 
-FLOOR = 1e-7
-"""Added to the norm, in the authors' programs too: where nothing pulls, nothing is perturbed."""
-
-
-def ascent(direction: Vector, rho: float) -> Vector:
-    """e = ρ v / (‖v‖ + 1e-7), a step of length ρ along v."""
-    return (rho / (direction.norm() + FLOOR)) * direction
+__all__ = ["ascent", "check_radius", "check_share", "perturbed"]
 
 
 def perturbed(grad_fn: GradFn, *, rho: float, alpha: float = 1.0) -> GradFn:
@@ -30,15 +13,7 @@ def perturbed(grad_fn: GradFn, *, rho: float, alpha: float = 1.0) -> GradFn:
 
     Where ρ or α is 0 there is nothing to evaluate twice: `grad_fn` itself.
     """
-    if rho == 0.0 or alpha == 0.0:
-        return grad_fn
-
-    def gradient(x: Vector, batch: Batch) -> tuple[Vector, Aux]:
-        g1, aux = grad_fn(x, batch)
-        g2, _ = grad_fn(x + ascent(g1, rho), batch)
-        return g2 if alpha == 1.0 else (1.0 - alpha) * g1 + alpha * g2, aux
-
-    return gradient
+    return grad_fn if rho == 0.0 or alpha == 0.0 else UphillGradient(grad_fn, rho=rho, alpha=alpha)
 
 
 def check_radius(rho: float) -> None:

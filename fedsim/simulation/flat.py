@@ -120,6 +120,7 @@ class FlatTrainer:
         own = phase.spec or spec
         return (
             algorithm.terms is not None
+            and isinstance(algorithm.gradient, ModelGradient | BoundGradient)
             and self.bound is not None
             and len(algorithm.phases) == 1
             and phase.data == "batches"

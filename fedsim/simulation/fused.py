@@ -29,9 +29,11 @@ from fedsim.simulation.fused_order import permuted, restored
 from fedsim.simulation.fused_stacks import Moving, MovingLayer, Scratch
 from fedsim.simulation.fused_sums import BlockSum
 from fedsim.simulation.fused_task import AffineTask
+from fedsim.simulation.fused_uphill import Climb
 from fedsim.training.clients import Schedule
 from fedsim.training.work import Trained, Work, Workplace, by_work, client_lent, client_message
 from fedsim.types import Floats, Ids
+from fedsim.uphill import UphillGradient
 from fedsim.vector import Vector
 
 # From this size on a layer's weights live in the rows [C, D] that are reported: a product into
@@ -71,6 +73,7 @@ class FusedTrainer:
         self.layers: Layers = layers
         self.loss = LOSSES[place.clients.data.dataset.task]
         self.scratch = Scratch(place.spec.dtype, place.clients.device)
+        self.uphill_scratch = Scratch(place.spec.dtype, place.clients.device)
         self.room: Callable[[tuple[int, ...], torch.dtype], Tensor] | None = None
 
     def plan(self, steps: Ids) -> list[Ids]:
@@ -126,7 +129,10 @@ class FusedTrainer:
             for name in spec.names
         }
         active = int((work.steps > 0).sum())
-        losses, seen = self._run(schedule, rate, moving, leaps=reports_delta, active=active, sums=sums)
+        uphill = algorithm.gradient if isinstance(algorithm.gradient, UphillGradient) else None
+        losses, seen = self._run(
+            schedule, rate, moving, uphill, leaps=reports_delta, active=active, sums=sums
+        )
         normaliser = _lengths(schedule.lr, work.steps)
         vectors: dict[str, Tensor] = {}
         scalars: dict[str, Tensor] = {}
@@ -143,7 +149,7 @@ class FusedTrainer:
         elif sums is None:
             length = torch.from_numpy(normaliser).to(place.clients.device)
             result, state, found = task.finish(Vector(values), carry, length)
-            vectors = {name: spec.flatten(v, stacked=True) for name, v in result.vectors.items()}
+            vectors = {name: self._flattened(v, clients) for name, v in result.vectors.items()}
             scalars = {name: v.double() for name, v in result.scalars.items()}
             metrics = {name: v.double().cpu().numpy() for name, v in found.items()}
         return Trained(
@@ -176,6 +182,14 @@ class FusedTrainer:
                 values[name] = torch.empty((clients, *shape), dtype=spec.dtype, device=device)
         return rows, values
 
+    def _flattened(self, vector: Vector, clients: int) -> Tensor:
+        """[C, D] of a stack, where reported rows shall lie."""
+        spec = self.place.spec
+        parts = [vector.tensors[name].reshape(clients, -1) for name in spec.names]
+        if self.room is None:
+            return torch.cat(parts, 1)
+        return torch.cat(parts, 1, out=self.room((clients, spec.size), spec.dtype))
+
     def _report(self, rows: Tensor, moving: dict[str, Moving], start: Vector) -> Tensor:
         """Local minus broadcast as [C, D]."""
         for (name, part), shape in zip(self.place.spec.slices().items(), self.place.spec.shapes, strict=True):
@@ -192,6 +206,7 @@ class FusedTrainer:
         schedule: Schedule,
         rate: float,
         moving: dict[str, Moving],
+        uphill: UphillGradient | None,
         *,
         leaps: bool,
         active: int,
@@ -215,10 +230,16 @@ class FusedTrainer:
         first: First = Eager(layers[0])
         if window:
             first = Lazy(layers[0], self.scratch, leaps=leaps, sums=sums)
+        climb = None if uphill is None else Climb(uphill, rate, layers, self.uphill_scratch)
         for data in steps_of(schedule, rate, self.layers.before, window=window):
             loss = self.loss(data.targets, data.weights, self.layers.dense[-1].outputs)
             first.open(data)
-            self._steps(data, first, layers, loss)
+            if climb is None:
+                self._steps(data, first, layers, loss)
+            else:
+                climb.steps(
+                    data, first, loss, self.loss(data.targets, data.weights, self.layers.dense[-1].outputs)
+                )
             first.close()
             real = data.positions >= 0
             of_rows = loss.losses().double().cpu().numpy()

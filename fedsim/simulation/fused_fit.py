@@ -10,6 +10,7 @@ from fedsim.simulation.fused_layers import Layers, differs, layers_of
 from fedsim.simulation.fused_losses import LOSSES
 from fedsim.training.work import Workplace
 from fedsim.types import Aux, Batch, GradFn
+from fedsim.uphill import UphillGradient
 from fedsim.vector import Vector
 
 
@@ -79,12 +80,15 @@ def _examples(place: Workplace) -> Tensor:
 
 
 def _from_terms(algorithm: LocalAlgorithm, grad_fn: GradFn) -> bool:
-    """Whether the direction is `affine`'s, around this gradient function and these terms."""
+    """Whether the direction is `affine`'s, around this gradient function, uphill or not, and these terms."""
     direction = algorithm.phases[0].direction
     if getattr(direction, "__code__", None) is not _AFFINE.__code__:
         return False
     cells = dict(zip(direction.__code__.co_freevars, direction.__closure__ or (), strict=True))
-    return cells["grad_fn"].cell_contents is grad_fn and cells["terms"].cell_contents is algorithm.terms
+    gradient = cells["grad_fn"].cell_contents
+    if gradient is not algorithm.gradient or cells["terms"].cell_contents is not algorithm.terms:
+        return False
+    return gradient is grad_fn or (isinstance(gradient, UphillGradient) and gradient.inner is grad_fn)
 
 
 def _no_gradient(x: Vector, batch: Batch) -> tuple[Vector, Aux]:

@@ -12,6 +12,7 @@ from fedsim.local import LocalSpec
 from fedsim.strategies.fedgamma import fedgamma
 from fedsim.strategies.fedsam import fedsam
 from fedsim.strategies.scaffold import scaffold
+from fedsim.uphill import UphillGradient
 from tests.quadratics import (
     ENGINES,
     Array,
@@ -156,11 +157,11 @@ def test_only_controls_from_the_distance_need_step_lengths() -> None:
     assert np.isfinite(client_held(federation)).all()
 
 
-def test_an_affine_direction_is_declared_only_where_one_gradient_is_taken() -> None:
+def test_the_gradient_that_is_declared_is_taken_uphill_only_where_there_is_a_radius() -> None:
     for rho in (0.0, 0.1):
-        strategy = fedgamma(rho=rho)
-        assert strategy.traits.affine == (rho == 0.0)
-        assert (strategy.local(quadratic_grad, LocalSpec()).terms is not None) == (rho == 0.0)
+        gradient = fedgamma(rho=rho).local(quadratic_grad, LocalSpec()).gradient
+        assert (gradient is quadratic_grad) == (rho == 0.0)
+        assert isinstance(gradient, UphillGradient) == (rho > 0.0)
 
 
 def test_an_empty_window_changes_nothing() -> None:

@@ -10,6 +10,7 @@ from fedsim.local import LocalSpec
 from fedsim.strategies.fedavg import fedavg
 from fedsim.strategies.fedcm import fedcm
 from fedsim.strategies.fedsam import fedsam, mofedsam
+from fedsim.uphill import UphillGradient
 from tests.quadratics import (
     ENGINES,
     Array,
@@ -126,11 +127,11 @@ def test_with_only_its_own_gradient_mofedsam_is_fedsam() -> None:
     np.testing.assert_array_equal(one, two)
 
 
-def test_an_affine_direction_is_declared_only_where_one_gradient_is_taken() -> None:
+def test_the_gradient_that_is_declared_is_taken_uphill_only_where_there_is_a_radius() -> None:
     for rho in (0.0, 0.1):
-        strategy = fedsam(rho=rho)
-        assert strategy.traits.affine == (rho == 0.0)
-        assert (strategy.local(quadratic_grad, LocalSpec()).terms is not None) == (rho == 0.0)
+        gradient = fedsam(rho=rho).local(quadratic_grad, LocalSpec()).gradient
+        assert (gradient is quadratic_grad) == (rho == 0.0)
+        assert isinstance(gradient, UphillGradient) == (rho > 0.0)
 
 
 @pytest.mark.parametrize("strategy", [fedsam(), mofedsam()], ids=["fedsam", "mofedsam"])

@@ -357,7 +357,9 @@ def test_a_second_gradient_is_evaluated_only_where_it_counts(
     x, carry = algorithm.init(msg, (), algorithm.fresh(msg))
     algorithm.phases[0].direction(msg, (), algorithm.fresh(msg), x, carry, one_example(problem, 0))
     assert calls[0] == gradients
-    assert strategy.traits.affine == (gradients == 1) == (algorithm.terms is not None)
+    assert strategy.traits.affine
+    assert algorithm.terms is not None
+    assert (algorithm.gradient is counting) == (gradients == 1)
 
 
 def test_a_clip_inside_the_direction_is_not_affine() -> None:

@@ -89,7 +89,7 @@ def test_the_reduction_is_the_one_that_is_declared(strategy: Strategy) -> None:
 
 @every_strategy
 def test_an_affine_direction_is_the_gradient_plus_a_x_plus_b(strategy: Strategy) -> None:
-    """The declared terms against the direction itself, at states that are not zero."""
+    """The declared gradient and terms against the direction itself, at states that are not zero."""
     algorithm = strategy.local(quadratic_grad, LocalSpec())
     assert (algorithm.terms is not None) == strategy.traits.affine
     if algorithm.terms is None:
@@ -105,7 +105,8 @@ def test_an_affine_direction_is_the_gradient_plus_a_x_plus_b(strategy: Strategy)
     x, batch = vector(), one_example(0)
     direction, _, _ = algorithm.phases[0].direction(msg, lent, state, x, (), batch)
     a, b = algorithm.terms(msg, lent, state)
-    expected = quadratic_grad(x, batch)[0] + a * x
+    assert algorithm.gradient is not None
+    expected = algorithm.gradient(x, batch)[0] + a * x
     expected = expected if b is None else expected + b
     torch.testing.assert_close(direction.vector.tensors["x"], expected.tensors["x"], rtol=1e-13, atol=1e-13)
 
