@@ -19,13 +19,14 @@ from torch.utils import _pytree as pytree
 
 from fedsim.errors import ModelError
 from fedsim.local import LocalAlgorithm, from_broadcast, report_delta
-from fedsim.simulation.fused_data import StepData, steps_of
+from fedsim.simulation.fused_data import steps_of
 from fedsim.simulation.fused_first import Eager, First
 from fedsim.simulation.fused_fit import layers_for, unfit
 from fedsim.simulation.fused_layers import Layers
 from fedsim.simulation.fused_lazy import Lazy
-from fedsim.simulation.fused_losses import LOSSES, BlockLoss
+from fedsim.simulation.fused_losses import LOSSES
 from fedsim.simulation.fused_order import permuted, restored
+from fedsim.simulation.fused_passes import descend
 from fedsim.simulation.fused_stacks import Moving, MovingLayer, Scratch
 from fedsim.simulation.fused_sums import BlockSum
 from fedsim.simulation.fused_task import AffineTask
@@ -235,7 +236,7 @@ class FusedTrainer:
             loss = self.loss(data.targets, data.weights, self.layers.dense[-1].outputs)
             first.open(data)
             if climb is None:
-                self._steps(data, first, layers, loss)
+                descend(data, first, layers, loss)
             else:
                 climb.steps(
                     data, first, loss, self.loss(data.targets, data.weights, self.layers.dense[-1].outputs)
@@ -247,8 +248,7 @@ class FusedTrainer:
             seen += np.bincount(data.owners[real], minlength=clients)
         if sums is not None:
             for layer in layers[1:] if window else layers:
-                if not layer.summed:
-                    _add_changes(sums, layer, active)
+                layer.add_changes(sums, active)
         return losses, seen
 
     def _window(self, schedule: Schedule, *, longest: int) -> int:
@@ -263,53 +263,6 @@ class FusedTrainer:
         if int((schedule.positions >= 0).any(axis=0).sum()) <= longest:
             return longest
         return _WINDOW_ROWS if 2 * schedule.positions.shape[2] <= _WINDOW_ROWS else 0
-
-    def _steps(self, data: StepData, first: First, layers: list[MovingLayer], loss: BlockLoss) -> None:
-        scratch = self.scratch
-        row = 0
-        for step, (clients, width) in enumerate(data.shapes):
-            x = first.forward(step)
-            inputs: list[Tensor] = []
-            kept: list[list[Tensor]] = []
-            for depth, layer in enumerate(layers):
-                inputs.append(x)
-                if depth:
-                    x = layer.forward(x)
-                tape: list[Tensor] = []
-                for number, activation in enumerate(layer.layer.activations):
-                    if activation.from_output and number == 0:
-                        x = activation.forward(x, x)
-                        tape.append(x)
-                        continue
-                    out = scratch.take(f"a{number} {layer.layer.weight}", *x.shape)
-                    activation.forward(x, out)
-                    tape.append(out if activation.from_output else x)
-                    x = out
-                kept.append(tape)
-            g = loss.passed_back(x, row)
-            for number in range(len(layers) - 1, -1, -1):
-                layer = layers[number]
-                for activation, t in zip(
-                    reversed(layer.layer.activations), reversed(kept[number]), strict=True
-                ):
-                    activation.backward(g, t, g)
-                if number:
-                    before = layer.backward(g)
-                    layer.update(inputs[number], g)
-                    g = before
-            first.update(step, g)
-            row += clients * width
-
-
-def _add_changes(sums: BlockSum, layer: MovingLayer, active: int) -> None:
-    """Of a layer that holds the weights of the first `active` clients, which took steps."""
-    for parameter in (layer.weight, layer.bias):
-        if parameter is None or not active:
-            continue
-        assert parameter.start is not None
-        changes = parameter.values[:active].clone()
-        changes[: parameter.leaps_from].sub_(parameter.start)
-        sums.add_changes(parameter.name, changes, slice(active))
 
 
 def fused_block(place: Workplace, cohort: int, *, sums_only: bool) -> int:

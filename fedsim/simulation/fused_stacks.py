@@ -209,3 +209,13 @@ class MovingLayer:
         self.weight.product(g.transpose(1, 2), inputs)
         if self.bias is not None:
             self.bias.sum(g)
+
+    def add_changes(self, sums: BlockSum, clients: int) -> None:
+        """Of the first `clients` clients, which took steps, unless each step's went there at once."""
+        for parameter in (self.weight, self.bias):
+            if self.summed or parameter is None or not clients:
+                continue
+            assert parameter.start is not None
+            changes = parameter.values[:clients].clone()
+            changes[: parameter.leaps_from].sub_(parameter.start)
+            sums.add_changes(parameter.name, changes, slice(clients))

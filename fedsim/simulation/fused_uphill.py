@@ -14,42 +14,15 @@ relative to the gradients of single examples, which matters only where they canc
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from fedsim.simulation.fused_data import StepData
 from fedsim.simulation.fused_first import First
 from fedsim.simulation.fused_losses import BlockLoss
+from fedsim.simulation.fused_passes import Ascent, Pass, back, forward, gram
 from fedsim.simulation.fused_stacks import MovingLayer, Scratch
 from fedsim.uphill import FLOOR, UphillGradient
-
-
-class _Pass(NamedTuple):
-    """What a pass forward leaves behind.
-
-    Args:
-        inputs: [k, B, in] of the layers after the first.
-        tapes: what each layer's activations need on the way back.
-        outputs: [k, B, K] of the model.
-    """
-
-    inputs: list[Tensor]
-    tapes: list[list[Tensor]]
-    outputs: Tensor
-
-
-class _Ascent(NamedTuple):
-    """Where the second pass is.
-
-    Args:
-        inputs: [k, B, in] at x of the layers after the first.
-        rows: u [k, B, out] of each layer, so that its weights differ by uᵀ · inputs.
-    """
-
-    inputs: list[Tensor]
-    rows: list[Tensor]
 
 
 class Climb:
@@ -83,41 +56,41 @@ class Climb:
         for step, (clients, width) in enumerate(data.shapes):
             start = first.forward(step)
             kept = self.scratch.take("start", *start.shape).copy_(start)  # activations write over it
-            one = _forward(self.layers, start, None)
+            one = forward(self.layers, start, None)
             d1 = self._derivatives(one, loss.passed_back(one.outputs, row))
             ascent, lift = self._ascent(one, d1, products[step])
-            two = _forward(self.again, kept.add_(lift), ascent)
+            two = forward(self.again, kept.add_(lift), ascent)
             self._descend(step, first, one, d1, two, ascent, second.passed_back(two.outputs, row))
             row += clients * width
 
-    def _derivatives(self, done: _Pass, g: Tensor) -> list[Tensor]:
+    def _derivatives(self, done: Pass, g: Tensor) -> list[Tensor]:
         """Of each layer's outputs at x, from those of the model's."""
         found: list[Tensor] = []
         for number in range(len(self.layers) - 1, -1, -1):
             layer = self.layers[number]
-            _back(layer, done.tapes[number], g)
+            back(layer, done.tapes[number], g)
             found.append(g)
             if number:
                 g = layer.backward(g)
         return found[::-1]
 
-    def _ascent(self, one: _Pass, d1: list[Tensor], products: Tensor) -> tuple[_Ascent, Tensor]:
+    def _ascent(self, one: Pass, d1: list[Tensor], products: Tensor) -> tuple[Ascent, Tensor]:
         """Also by how much the first layer's outputs differ at x + e."""
         first = torch.bmm(products, d1[0])
         squares = (first * d1[0]).sum((1, 2))
         for layer, h, d in zip(self.layers[1:], one.inputs, d1[1:], strict=True):
-            squares += (_gram(layer, h, h).bmm(d) * d).sum((1, 2))
+            squares += (gram(layer, h, h).bmm(d) * d).sum((1, 2))
         norm = squares.clamp_min_(0.0).sqrt_()
         scale = (-self.radius / norm.add_(self.floor)).view(-1, 1, 1)
-        return _Ascent(one.inputs, [d * scale for d in d1]), first.mul_(scale)
+        return Ascent(one.inputs, [d * scale for d in d1]), first.mul_(scale)
 
     def _descend(
-        self, step: int, first: First, one: _Pass, d1: list[Tensor], two: _Pass, ascent: _Ascent, g: Tensor
+        self, step: int, first: First, one: Pass, d1: list[Tensor], two: Pass, ascent: Ascent, g: Tensor
     ) -> None:
         """Back at x + e, and every layer moves as it is passed."""
         for number in range(len(self.layers) - 1, -1, -1):
             layer = self.again[number]
-            _back(layer, two.tapes[number], g)
+            back(layer, two.tapes[number], g)
             if number == 0:
                 first.update(step, g if self.share == 1.0 else torch.lerp(d1[0], g, self.share))
                 return
@@ -129,40 +102,6 @@ class Climb:
                 inputs = torch.cat([h, inputs], 1)
             self.layers[number].update(inputs, g)
             g = before
-
-
-def _forward(layers: list[MovingLayer], x: Tensor, ascent: _Ascent | None) -> _Pass:
-    """From the first layer's outputs, which are written over."""
-    inputs: list[Tensor] = []
-    tapes: list[list[Tensor]] = []
-    for number, layer in enumerate(layers):
-        if number:
-            inputs.append(x)
-            x = layer.forward(x)
-            if ascent is not None:
-                x.baddbmm_(_gram(layer, inputs[-1], ascent.inputs[number - 1]), ascent.rows[number])
-        tape: list[Tensor] = []
-        for place, activation in enumerate(layer.layer.activations):
-            out = x
-            if place or not activation.from_output:
-                out = layer.scratch.take(f"a{place} {layer.layer.weight}", *x.shape)
-            activation.forward(x, out)
-            tape.append(out if activation.from_output else x)
-            x = out
-        tapes.append(tape)
-    return _Pass(inputs, tapes, x)
-
-
-def _back(layer: MovingLayer, tape: list[Tensor], g: Tensor) -> None:
-    """Derivatives before a layer's activations, in the place of those after."""
-    for activation, t in zip(reversed(layer.layer.activations), reversed(tape), strict=True):
-        activation.backward(g, t, g)
-
-
-def _gram(layer: MovingLayer, one: Tensor, other: Tensor) -> Tensor:
-    """[k, B, B] products of the rows of a layer's inputs, with the 1 that a bias is the weight of."""
-    found = one.bmm(other.transpose(1, 2))
-    return found if layer.bias is None else found.add_(1.0)
 
 
 def _products(data: StepData, *, ones: bool) -> list[Tensor]:
