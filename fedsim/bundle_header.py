@@ -11,6 +11,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from typing import Any, BinaryIO, NamedTuple, NoReturn
 
 import numpy as np
@@ -36,6 +37,7 @@ MOST_RANK = 8
 MOST_METADATA = 1_024
 METADATA = "__metadata__"
 _MOST_NUMBER = 2**63 - 1
+_MOST_KNOWN_BYTES = 4096  # of a header that is remembered
 _FIELDS = {"dtype", "shape", "data_offsets"}
 # What the JSON of a header within the limits can hold: {name: {field: [...]}}, 12 commas a tensor.
 _MOST_DEPTH = 3
@@ -112,7 +114,16 @@ def read_header(source: Content | BinaryIO, size: int) -> Header:
     body = 8 + length
     if body > size:
         _refuse(f"its header claims {length} bytes, the bundle has {size} in all")
-    table = _parse(_take(source, 8, length))
+    raw = _take(source, 8, length)
+    found = _known(raw, size) if length <= _MOST_KNOWN_BYTES else _checked(raw, size)
+    # What is given out must not be changed by somebody else who had the same.
+    return found._replace(metadata=dict(found.metadata))
+
+
+def _checked(raw: bytes, size: int) -> Header:
+    """The header out of its JSON."""
+    body = 8 + len(raw)
+    table = _parse(raw)
     metadata = _metadata(table.pop(METADATA, {}))
     if len(table) > MOST_TENSORS:
         _refuse(f"it holds {len(table)} tensors, at most {MOST_TENSORS} are read")
@@ -127,6 +138,10 @@ def read_header(source: Content | BinaryIO, size: int) -> Header:
     if position != size - body:
         _refuse(f"its tensors have {position} bytes, its body has {size - body}")
     return Header(tuple(entries), metadata, body)
+
+
+# The updates of a round have the very same header. Those that were refused are not remembered.
+_known = lru_cache(maxsize=16)(_checked)
 
 
 def check_schema(header: Header, schema: Sequence[TensorSpec]) -> None:

@@ -89,6 +89,12 @@ def own_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
     return {n: v for n, v in sorted(metrics.items()) if n not in RESERVED and math.isfinite(v)}
 
 
+def placed(place: str, run_id: str) -> tuple[Window, int]:
+    """The segment of an inline update, and its offset there."""
+    window, attempt, offset = (int(part) for part in place.split("/"))
+    return Window(run_id, window, attempt), offset
+
+
 def block_of(
     answer: Answer,
     spec: ParamSpec,
@@ -110,9 +116,8 @@ def block_of(
         if spec.personal or device.type != "cpu":  # copied below
             release = None
     else:
-        window, attempt, offset = (int(part) for part in answer.place.split("/"))
-        segment = segments.of(Window(run_id, window, attempt))
-        tensors = bundle.decode(segment.read(offset, answer.size))
+        window, offset = placed(answer.place, run_id)
+        tensors = bundle.decode(segments.of(window).read(offset, answer.size))
     update = unpack_update({name: tensor.to(device) for name, tensor in tensors.items()}, spec)
     return UpdateBlock(
         np.array([answer.client], np.int64),

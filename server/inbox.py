@@ -26,7 +26,7 @@ class Inbox:
         self.ledger = ledger
         self.timers: dict[str, float] = {}  # name -> seconds of the run's clock
         self._started = time.monotonic() - clock
-        self._events: queue.SimpleQueue[Entry | None] = queue.SimpleQueue()
+        self._events: queue.SimpleQueue[Sequence[Entry]] = queue.SimpleQueue()
         self._waiting: deque[Entry] = deque()  # out of the queue, not yet taken
         self._stop: BaseException | None = None
 
@@ -37,20 +37,17 @@ class Inbox:
 
     def put(self, entries: Sequence[Entry]) -> None:
         """Events that are durable, in their order."""
-        for entry in entries:
-            self._events.put(entry)
+        self._events.put(entries)  # at once: each put may wake the thread that waits
 
     def stop(self, reason: BaseException) -> None:
         """Whoever waits raises `reason`."""
         self._stop = reason
-        self._events.put(None)
+        self._events.put(())
 
     def waiting(self) -> deque[Entry]:
         """What is here already, at least one event of it where there is one; taken by ``popleft``."""
         while not self._waiting and not self._events.empty():
-            entry = self._events.get()
-            if entry is not None:
-                self._waiting.append(entry)
+            self._waiting.extend(self._events.get())
         return self._waiting
 
     def emptied(self) -> list[Entry]:
@@ -85,12 +82,9 @@ class Inbox:
                 continue
             until = min(self.timers.values()) - self.now if self.timers else None
             try:
-                found = self._events.get(timeout=None if until is None else max(0.0, until))
+                self._waiting.extend(self._events.get(timeout=None if until is None else max(0.0, until)))
             except queue.Empty:
                 self._ring(window)
-                continue
-            if found is not None:
-                return found
 
     def _ring(self, window: int) -> None:
         """The earliest timer, if it is due, takes its place among the events."""

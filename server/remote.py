@@ -30,6 +30,7 @@ from fedsim.server.inbox import Inbox
 from fedsim.server.logs import fields
 from fedsim.server.planning import Planner
 from fedsim.server.run_ledger import RunLedger
+from fedsim.server.summing import block_of_all
 from fedsim.types import Ids, Task, UpdateBlock
 
 log = logging.getLogger(__name__)
@@ -259,9 +260,24 @@ class RemoteEngine:
     def collect(
         self, ids: Ids, base_version: Ids, weigh: Weigh | None = None
     ) -> Iterator[UpdateBlock | Failed]:
-        self.closed_at = self.closed_at or time.perf_counter()
+        first, self.closed_at = not self.closed_at, self.closed_at or time.perf_counter()
         self._trim()
-        for client, version in zip(ids.tolist(), base_version.tolist(), strict=True):
+        pairs = list(zip(ids.tolist(), base_version.tolist(), strict=True))
+        # A sum that comes on top of another one would not have the bits of its parts, added one by one.
+        if weigh is not None and first and self.device.type == "cpu":
+            together = block_of_all(
+                [self.answers[pair] for pair in pairs],
+                self.spec,
+                weigh,
+                state_version=self.counts.folded[ids],
+                run_id=self.ledger.run_id,
+                segments=self.planner.segments,
+            )
+            if together is not None:
+                yield together
+                reached("one_folded")
+                return
+        for client, version in pairs:
             answer = self.answers[client, version]
             try:
                 yield block_of(

@@ -122,18 +122,26 @@ class RunLedger:
             ],
         )  # fmt: skip
 
-    def submit(self, connection: Connection, row: Mapping[str, Any]) -> None:
-        """Write the verdict on a task; the caller has seen that there is none."""
-        connection.execute(insert(submissions), {"run_id": self.run_id, "received": time.time(), **row})
+    def submit(self, connection: Connection, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Write the verdicts on tasks, of the same columns; the caller has seen that there are none."""
+        more = {"run_id": self.run_id, "received": time.time()}
+        connection.execute(insert(submissions), [{**more, **row} for row in rows])
 
     def standing(self, connection: Connection, task_id: bytes) -> Standing | None:
         """Where a task stands; None where it is not known, or not any more."""
-        found = connection.execute(
-            select(tasks.c.state, submissions.c.verdict, submissions.c.reason)
-            .select_from(tasks.outerjoin(submissions, tasks.c.task_id == submissions.c.task_id))
-            .where(tasks.c.task_id == task_id, tasks.c.run_id == self.run_id)
-        ).first()
-        return None if found is None else Standing(*found)
+        return self.standings(connection, [task_id]).get(task_id)
+
+    def standings(self, connection: Connection, ids: Sequence[bytes]) -> dict[bytes, Standing]:
+        """Where tasks stand; those that are not known, or not any more, are left out."""
+        found: dict[bytes, Standing] = {}
+        for start in range(0, len(ids), 500):
+            rows = connection.execute(
+                select(tasks.c.task_id, tasks.c.state, submissions.c.verdict, submissions.c.reason)
+                .select_from(tasks.outerjoin(submissions, tasks.c.task_id == submissions.c.task_id))
+                .where(tasks.c.task_id.in_(ids[start : start + 500]), tasks.c.run_id == self.run_id)
+            )
+            found |= {task_id: Standing(*known) for task_id, *known in rows}
+        return found
 
     def strike(self, connection: Connection, client: int, most: int) -> bool:
         """One refused update more of this client; whether it is excluded now."""

@@ -9,7 +9,9 @@ from __future__ import annotations
 import os
 import re
 import threading
+from collections.abc import Sequence
 from contextlib import suppress
+from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,6 +21,8 @@ from fedsim.storage import sync_folder, write_all
 
 _RUN = re.compile(r"[0-9a-f]{12}")
 _FILE = re.compile(r"(\d+)-(\d+)\.seg")
+# So much is copied rather than written by a call of the system for each update.
+_TOGETHER_BYTES = 1 << 20
 # macOS has no fdatasync.
 _sync_data = getattr(os, "fdatasync", os.fsync)
 
@@ -59,16 +63,23 @@ class Segment:
         Raises:
             LedgerProblem: FS-LED-001 or 002; the segment is as long as before.
         """
+        (offset,) = self.append_all([content])
+        return offset, len(content)
+
+    def append_all(self, contents: Sequence[bytes]) -> list[int]:
+        """As `append`, for several updates one after the other; returns their offsets."""
+        small = sum(map(len, contents)) <= _TOGETHER_BYTES
         with self._door:
-            offset = self._end
+            before = self._end
             try:
-                os.lseek(self._open(), offset, os.SEEK_SET)
-                write_all(self._open(), content)
+                os.lseek(self._open(), before, os.SEEK_SET)
+                for piece in [b"".join(contents)] if small and len(contents) > 1 else contents:
+                    write_all(self._open(), piece)
             except OSError as error:
-                self._cut(offset)
+                self._cut(before)
                 raise file_trouble(error, self.path) from error
-            self._end = offset + len(content)
-            return offset, len(content)
+            *offsets, self._end = accumulate(map(len, contents), initial=before)
+            return offsets
 
     def sync(self) -> None:
         """Force everything appended so far onto the disk.

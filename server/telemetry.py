@@ -122,9 +122,9 @@ class Telemetry:
         with self._lock:
             self._drop(_label(run))
 
-    def task(self, outcome: str) -> None:
-        """A task came to an end, one of `OUTCOMES`."""
-        self._tasks.labels(_word(outcome, OUTCOMES)).inc()
+    def task(self, outcome: str, count: int = 1) -> None:
+        """Tasks came to an end, one of `OUTCOMES`."""
+        self._tasks.labels(_word(outcome, OUTCOMES)).inc(count)
 
     def update(self, verdict: str, reason: str = "") -> None:
         """An answer got its verdict, one of `VERDICTS`, for a reason, one of `REASONS`."""

@@ -9,7 +9,6 @@ client is told; a call that is malformed in itself never gets here.
 from __future__ import annotations
 
 import hashlib
-import io
 import math
 import os
 import re
@@ -162,10 +161,10 @@ def validate(
 
 
 @contextmanager
-def _opened(source: bytes | Path) -> Iterator[tuple[BinaryIO, int]]:
-    """The update as a file and its size."""
+def _opened(source: bytes | Path) -> Iterator[tuple[bytes | BinaryIO, int]]:
+    """The update, a file where it is not in memory, and its size."""
     if not isinstance(source, Path):
-        yield io.BytesIO(source), len(source)
+        yield source, len(source)
         return
     try:
         file = source.open("rb", buffering=0)
@@ -178,7 +177,7 @@ def _opened(source: bytes | Path) -> Iterator[tuple[BinaryIO, int]]:
             raise storage.unreadable(error, source) from error
 
 
-def _form(task: Expected, body: pb.SubmitBody, file: BinaryIO, size: int) -> Header:
+def _form(task: Expected, body: pb.SubmitBody, file: bytes | BinaryIO, size: int) -> Header:
     """Sizes, header, schema: nothing is allocated that the file does not hold."""
     if size > task.max_update_bytes or body.update.size > task.max_update_bytes:
         most = max(size, body.update.size)
@@ -213,7 +212,9 @@ def _check_counters(limits: Limits, body: pb.SubmitBody) -> None:
             raise _Wrong(POLICY, text)
 
 
-def _hashed(file: BinaryIO, size: int) -> Object:
+def _hashed(file: bytes | BinaryIO, size: int) -> Object:
+    if isinstance(file, bytes):
+        return Object(digest(file), size)
     file.seek(0)
     return Object(hashlib.file_digest(file, "sha256").digest(), size)  # type: ignore[arg-type]
 
@@ -224,7 +225,7 @@ def _check_digest(body: pb.SubmitBody, found: Object) -> None:
 
 
 def _check_norm(
-    limits: Limits, file: BinaryIO, header: Header, folder: Path | None
+    limits: Limits, file: bytes | BinaryIO, header: Header, folder: Path | None
 ) -> tuple[float, Clipped | None]:
     """Length of the difference to the model sent, and the clipped update where that is the policy.
 
@@ -243,7 +244,9 @@ def _check_norm(
     return norm, _clipped(file, header, entry, most / norm, folder)
 
 
-def _clipped(file: BinaryIO, header: Header, entry: Entry, factor: float, folder: Path | None) -> Clipped:
+def _clipped(
+    file: bytes | BinaryIO, header: Header, entry: Entry, factor: float, folder: Path | None
+) -> Clipped:
     """The same update with a shorter difference; a file stays a file, whatever its size."""
     pieces = bundle_check.scaled(file, header, entry, factor)
     if folder is None:

@@ -1,8 +1,9 @@
 """The one thread that writes the database, many operations in one commit.
 
 A commit waits for the disk, so what was asked while one commit was running goes into the next one
-together. Each operation has a savepoint of its own: one that fails undoes only itself. What was asked
-for first is also committed and announced first.
+together. Each operation has a savepoint of its own: one that fails undoes only itself. Many small requests
+of one kind, one after another, can share statements and a savepoint (`Kind`). What was asked for first is
+also committed and announced first.
 """
 
 from __future__ import annotations
@@ -15,14 +16,18 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
-from typing import Any, Generic, Protocol, TypeVar
+from itertools import groupby
+from typing import Any, Protocol, TypeVar
 
 from sqlalchemy import Connection, Engine, RootTransaction
 
 from fedsim.errors import FedsimError
 from fedsim.server.ledger_errors import LedgerProblem, StorageFull, closed, trouble
+from fedsim.server.writer_jobs import Job, Kept, Kind, Operation
 
 T = TypeVar("T")
+ItemT = TypeVar("ItemT")
+ResultT = TypeVar("ResultT")
 log = logging.getLogger(__name__)
 
 GROUP = 64
@@ -36,21 +41,6 @@ class Syncable(Protocol):
 
     def sync(self) -> None:
         """Force what was written onto the disk, or raise `LedgerProblem`."""
-
-
-class _Job(Generic[T]):
-    __slots__ = ("after", "future", "operation", "result")
-
-    def __init__(self, operation: Callable[[Connection], T], after: Callable[[T], None] | None) -> None:
-        self.operation = operation
-        self.after = after
-        self.future: Future[T] = Future()
-        self.result: T
-
-    def announce(self) -> None:
-        """Call `after`; an exception in it is a mistake in the program, the row stays committed."""
-        if self.after is not None:
-            self.after(self.result)
 
 
 class Writer:
@@ -67,8 +57,7 @@ class Writer:
         self._engine = engine
         self._where = where
         self._patience_seconds = patience_seconds
-        # Any: jobs of all result types wait in one line.
-        self._jobs: queue.SimpleQueue[_Job[Any] | None] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._door = threading.Lock()
         self._closing = threading.Event()
         self._connection: Connection | None = None
@@ -96,7 +85,20 @@ class Writer:
         Raises:
             LedgerClosed: the writer was closed.
         """
-        job = _Job(operation, after)
+        return self._put(Job(Operation(operation, after), None))
+
+    def submit_item(self, kind: Kind[ItemT, Any, ResultT], item: ItemT) -> Future[ResultT]:
+        """Ask for one request of a kind; those of the same `kind` object that wait are carried out together.
+
+        Returns:
+            Its result, as of `submit`.
+
+        Raises:
+            LedgerClosed: the writer was closed.
+        """
+        return self._put(Job(kind, item))
+
+    def _put(self, job: Job) -> Future[Any]:
         with self._door:
             if self._closing.is_set():
                 raise closed()
@@ -150,9 +152,11 @@ class Writer:
                 self._syncables.clear()
         self._drop_connection()
 
-    def _carry_out(self, jobs: list[_Job[Any]]) -> None:
+    def _carry_out(self, jobs: list[Job]) -> None:
         connection, transaction = self._begin()
-        kept = [job for job in jobs if self._attempt(job, connection, transaction)]
+        kept: list[Kept] = []
+        for _, alike in groupby(jobs, lambda job: id(job.kind)):
+            kept += self._attempted(list(alike), connection, transaction)
         self._sync()
         try:
             began = time.perf_counter()
@@ -164,38 +168,47 @@ class Writer:
                 found.unknown = True
                 raise found from error
             raise
-        announced = []
-        for job in kept:
+        announced: list[tuple[Job, Any]] = []
+        for kind, carried_out, results in kept:
             try:
-                job.announce()
+                announced += list(zip(carried_out, kind.announce(results), strict=True))
             except BaseException as error:
                 log.error("what follows a commit failed", exc_info=error)
-                _fail([job], error)
-            else:
-                announced.append(job)
-        for job in announced:
-            job.future.set_result(job.result)
+                _fail(carried_out, error)
+        for job, result in announced:
+            job.future.set_result(result)
 
-    def _attempt(self, job: _Job[Any], connection: Connection, transaction: RootTransaction) -> bool:
-        """Carry out one operation in its savepoint; what concerns the database itself is raised."""
+    def _attempted(self, jobs: list[Job], connection: Connection, transaction: RootTransaction) -> list[Kept]:
+        """Carry out jobs of one kind, together if that is possible; those that fail are told so."""
+        found = self._attempt(jobs, connection, transaction)
+        if found is not None:
+            return [found]
+        if len(jobs) == 1:
+            return []
+        each = (self._attempt([job], connection, transaction) for job in jobs)
+        return [one for one in each if one is not None]
+
+    def _attempt(self, jobs: list[Job], connection: Connection, transaction: RootTransaction) -> Kept | None:
+        """Carry out jobs of one kind in a savepoint; what concerns the database itself is raised."""
         connection.exec_driver_sql("SAVEPOINT operation")
         try:
-            job.result = job.operation(connection)
+            found = jobs[0].kind.carry_out(connection, [job.item for job in jobs])
             if connection.get_transaction() is not transaction or not transaction.is_active:
                 raise _Broken("an operation ended the transaction that it shares with others")
         except BaseException as error:
             if isinstance(error, _Broken):
                 raise
             # What the operation raises as a problem of its own files concerns nobody else.
-            found = None if isinstance(error, LedgerProblem) else trouble(error, self._where)
-            if found is not None:
-                raise found from error
+            concerns_all = None if isinstance(error, LedgerProblem) else trouble(error, self._where)
+            if concerns_all is not None:
+                raise concerns_all from error
             connection.exec_driver_sql("ROLLBACK TO SAVEPOINT operation")
             connection.exec_driver_sql("RELEASE SAVEPOINT operation")
-            _fail([job], error)
-            return False
+            if len(jobs) == 1:
+                _fail(jobs, error)
+            return None
         connection.exec_driver_sql("RELEASE SAVEPOINT operation")
-        return True
+        return Kept(jobs[0].kind, jobs, found)
 
     def _sync(self) -> None:
         for syncable in self._syncables.values():
@@ -244,7 +257,7 @@ def _in_event_loop() -> bool:
     return True
 
 
-def _fail(jobs: list[_Job[Any]], error: BaseException) -> None:
+def _fail(jobs: list[Job], error: BaseException) -> None:
     for job in jobs:
         if not job.future.done():
             job.future.set_exception(error)

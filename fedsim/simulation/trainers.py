@@ -49,8 +49,8 @@ def make_training(
     """
     if opaque is not None:
         return Training(place, OpaqueTrainer(place, opaque))
-    if choice.workers == 1 and choice.name in ("fused", "flat"):
-        settle_allocator()  # workers do it themselves
+    if choice.workers > 1 or choice.name in ("fused", "flat"):
+        settle_allocator()  # also where workers train: their clients' states go through this process
     if choice.name == "fused":
         return Training(place, FusedTrainer(place, choice.block))
     if choice.name == "stacked":

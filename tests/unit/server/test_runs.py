@@ -19,11 +19,13 @@ from fedsim.config import load_config
 from fedsim.errors import ConfigError
 from fedsim.identity import Key
 from fedsim.pb import federation_pb2 as pb
+from fedsim.server import remote, summing
 from fedsim.server.desk import Place
 from fedsim.server.remote import RemoteEngine
 from fedsim.server.run_table import NoSuchRun
 from fedsim.server.tables import journal, run_members, submissions, tasks
 from fedsim.simulation.replay import Replay, read_journal
+from fedsim.types import UpdateBlock
 from tests.fleet import Coordinator, make_nodes, toml_of
 from tests.wired import config
 
@@ -86,13 +88,25 @@ def body_of(task: Any, content: bytes, **fields: Any) -> pb.SubmitBody:
     return body
 
 
+ALONE = ("fedavg", "scaffold", "fedau", "fedspeed", "fedhyper", "fedvarp", "feddyn", "median")
+TOGETHER = ("fedavg", "fedavgm", "fedhyper")
+
+
 @pytest.mark.parametrize(
-    "strategy", ["fedavg", "scaffold", "fedau", "fedspeed", "fedhyper", "fedvarp", "feddyn", "median"]
+    ("strategy", "few"), [*((name, summing.FEW) for name in ALONE), *((name, 2) for name in TOGETHER)]
 )
 def test_real_clients_and_the_simulation_end_with_the_same_bits(
-    coordinator: Coordinator, strategy: str
+    coordinator: Coordinator, strategy: str, few: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Three of four clients a round; SHA-256 of every tensor equal."""
+    """Three of four clients a round; SHA-256 of every tensor equal. From `few` on sums are made together."""
+    added: list[bool] = []
+
+    def counted(*args: Any, **more: Any) -> UpdateBlock | None:
+        added.append((block := summing.block_of_all(*args, **more)) is not None)
+        return block
+
+    monkeypatch.setattr(summing, "FEW", few)
+    monkeypatch.setattr(remote, "block_of_all", counted)
     values = settings(strategy, round={"sample": 3})
     simulated = Simulation(values)
     records = list(simulated)
@@ -106,6 +120,7 @@ def test_real_clients_and_the_simulation_end_with_the_same_bits(
         {k: v for k, v in line.items() if k in same} for line in lines(coordinator, run_id, "metrics.jsonl")
     ]
     assert found == [{k: v for k, v in record.items() if k in same} for record in records]
+    assert all(added) if few == 2 else not any(added)
 
 
 def test_adam_without_a_normaliser_is_stored_and_folded(coordinator: Coordinator) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import sqlite3
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Any
@@ -354,3 +354,66 @@ def test_many_threads_submit_at_once(database: Database) -> None:
     for thread in threads:
         thread.join(30)
     assert len(keys(database)) == 400
+
+
+class Puts:
+    """Puts keys; an empty one is a mistake, and so is one too many results."""
+
+    def __init__(self) -> None:
+        self.calls: list[list[str]] = []
+        self.told: list[list[str]] = []
+        self.too_many = False
+
+    def carry_out(self, connection: Connection, items: Sequence[str]) -> list[str]:
+        self.calls.append(list(items))
+        for key in items:
+            put(key)(connection)
+            if not key:
+                raise ValueError("no key")
+        return [key.upper() for key in items]
+
+    def announce(self, found: Sequence[str]) -> list[str]:
+        self.told.append(list(found))
+        return [*found, "more"] if self.too_many else list(found)
+
+
+def test_requests_of_one_kind_that_wait_are_carried_out_together(database: Database) -> None:
+    kind, hold = Puts(), Hold(database)
+    seen = commits(database)
+    futures: list[Future[Any]] = [database.writer.submit_item(kind, key) for key in "ab"]
+    futures.append(database.writer.submit(put("c")))  # in between: the order is kept
+    futures += [database.writer.submit_item(kind, key) for key in "de"]
+    hold.release()
+    assert [future.result(10) for future in futures] == ["A", "B", "c", "D", "E"]
+    assert kind.calls == [["a", "b"], ["d", "e"]]
+    assert kind.told == [["A", "B"], ["D", "E"]]
+    assert keys(database) == set("abcde")
+    assert len(seen) == 2
+
+
+def test_a_request_that_fails_is_undone_alone(database: Database) -> None:
+    kind, hold = Puts(), Hold(database)
+    futures = [database.writer.submit_item(kind, key) for key in ("a", "", "b", "a")]
+    hold.release()
+    assert [futures[i].result(10) for i in (0, 2)] == ["A", "B"]
+    with pytest.raises(ValueError, match="no key"):
+        futures[1].result(10)
+    with pytest.raises(IntegrityError):
+        futures[3].result(10)
+    assert keys(database) == {"a", "b"}
+    assert kind.told == [["A"], ["B"]]
+
+
+def test_results_that_do_not_fit_their_requests_are_a_mistake_and_the_writer_goes_on(
+    database: Database,
+) -> None:
+    kind, hold = Puts(), Hold(database)
+    kind.too_many = True
+    futures = [database.writer.submit_item(kind, key) for key in "ab"]
+    futures.append(database.writer.submit(put("c")))
+    hold.release()
+    for future in futures[:2]:
+        with pytest.raises(ValueError, match="longer"):
+            future.result(10)
+    assert futures[2].result(10) == "c"
+    assert keys(database) == set("abc")
