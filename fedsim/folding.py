@@ -152,7 +152,8 @@ class Folding:
         self.buffers.add(block, weights)
         if "loss" in block.metrics:
             seen = block.examples.astype(np.float64)
-            self.loss += float((block.metrics["loss"] * seen).sum())
+            for part in (block.metrics["loss"] * seen).tolist():  # one by one, however they share blocks
+                self.loss += part
             self.loss_weight += float(seen.sum())
 
     def _show(self, block: UpdateBlock, at: Moment) -> None:
