@@ -168,7 +168,8 @@ def test_workers_of_a_thread_outlive_it(hire: Any) -> None:
 
 
 PROGRAM = """
-import os, sys, time
+import os, signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
 sys.path.insert(0, sys.argv[1])
 from fedsim.local import LocalSpec
 from fedsim.simulation.pool import Pool
