@@ -141,26 +141,32 @@ def regressions(key: str, programs: Mapping[str, Values], committed: Path) -> li
 
 
 def draw(path: Path, title: str, programs: Mapping[str, Values]) -> None:
-    """Medians as bars on a logarithmic axis, with the range from least to most."""
+    """Medians as points on a logarithmic axis, with the range from least to most.
+
+    Points and not bars: a logarithmic axis has no zero from which a length could be read.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
-    names = list(programs)
-    medians = [programs[name]["median"] for name in names]
-    spread = [[v["median"] - v["min"] for v in programs.values()],
-              [v["max"] - v["median"] for v in programs.values()]]  # fmt: skip
-    colours = ["tab:blue" if name.startswith("fedsim") else "tab:grey" for name in names]
-    figure, axes = plt.subplots(figsize=(7, 0.9 + 0.42 * len(names)), layout="constrained")
-    axes.barh(names, medians, xerr=spread, color=colours, error_kw={"elinewidth": 0.8})
-    for place, (name, median) in enumerate(zip(names, medians, strict=True)):
-        ratio = programs[name].get("ratio")
-        note = "" if ratio is None else f"  {ratio:.2g}x"
-        axes.annotate(note, (median + spread[1][place], place), va="center", fontsize=8)
+    figure, axes = plt.subplots(figsize=(7, 0.9 + 0.42 * len(programs)), layout="constrained")
+    for place, (name, v) in enumerate(programs.items()):
+        colour = "tab:blue" if name.startswith("fedsim") else "tab:grey"
+        axes.plot([v["min"], v["max"]], [place, place], color=colour, linewidth=1)
+        axes.plot(v["median"], place, "o", color=colour)
+        note = f"{v['median']:.3g} s" + (f", {v['ratio']:.2g}x" if v.get("ratio") is not None else "")
+        axes.annotate(note, (v["median"], place - 0.18), ha="center", va="bottom", fontsize=8)
+    axes.set_yticks(range(len(programs)), list(programs))
     axes.set_xscale("log")
-    axes.invert_yaxis()
-    axes.set_xlabel("seconds per round, median, with least and most")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.margins(x=0.08)
+    axes.set_ylim(len(programs) - 0.5, -0.7)
+    axes.grid(axis="x", linewidth=0.3)
+    axes.set_xlabel("seconds per round: median, least to most; ratio to the sequential loop")
     axes.set_title(title, fontsize=9)
     figure.savefig(path)
     plt.close(figure)
