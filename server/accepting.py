@@ -151,7 +151,7 @@ class Accepting:
             return ["object"] * len(items)
         window = Window(self.ledger.run_id, self.engine.window, self.engine.attempt)
         segment = self.segments.of(window)
-        offsets = iter(segment.append_all(contents))
+        offsets = iter(segment.append(contents))
         for _ in contents:
             reached("update_appended")
         self.ledger.database.writer.before_commit(segment)

@@ -54,20 +54,15 @@ class Segment:
         except OSError as error:
             raise file_trouble(error, path) from error
 
-    def append(self, content: bytes) -> tuple[int, int]:
-        """Write bytes at the end, without a sync.
+    def append(self, contents: Sequence[bytes]) -> list[int]:
+        """Write updates at the end, one after the other, without a sync.
 
         Returns:
-            Offset and size; they mean something only after `sync`.
+            Their offsets; they mean something only after `sync`.
 
         Raises:
             LedgerProblem: FS-LED-001 or 002; the segment is as long as before.
         """
-        (offset,) = self.append_all([content])
-        return offset, len(content)
-
-    def append_all(self, contents: Sequence[bytes]) -> list[int]:
-        """As `append`, for several updates one after the other; returns their offsets."""
         small = sum(map(len, contents)) <= _TOGETHER_BYTES
         with self._door:
             before = self._end

@@ -230,7 +230,7 @@ class FusedTrainer:
         window = self._window(schedule, longest=_SUMMED_ROWS if sums is not None else _WINDOW_ROWS)
         first: First = Eager(layers[0])
         if window:
-            first = Lazy(layers[0], self.scratch, leaps=leaps, sums=sums)
+            first = Lazy(layers[0], self.scratch, leaps=leaps, sums=sums, whole=uphill is not None)
         climb = None if uphill is None else Climb(uphill, rate, layers, self.uphill_scratch)
         for data in steps_of(schedule, rate, self.layers.before, window=window):
             loss = self.loss(data.targets, data.weights, self.layers.dense[-1].outputs)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fedsim.simulation.fused_data import StepData
-from fedsim.simulation.fused_stacks import MovingLayer
+from fedsim.simulation.fused_stacks import MovingLayer, gram
 
 
 class First(Protocol):
@@ -22,6 +22,10 @@ class First(Protocol):
 
     def forward(self, step: int) -> Tensor:
         """[k, B, out] of step `step` of the run."""
+        ...
+
+    def products(self, step: int) -> Tensor:
+        """[k, B, B] of a step's inputs with each other, each with a further 1 if the layer has a bias."""
         ...
 
     def update(self, step: int, g: Tensor) -> None:
@@ -47,6 +51,9 @@ class Eager:
 
     def forward(self, step: int) -> Tensor:
         return self.layer.forward(self.steps[step])
+
+    def products(self, step: int) -> Tensor:
+        return gram(self.layer, self.steps[step], self.steps[step])
 
     def update(self, step: int, g: Tensor) -> None:
         self.layer.update(self.steps[step], g)

@@ -37,15 +37,17 @@ class Lazy:
         leaps: only the change is wanted.
         scratch: for what a window needs.
         sums: takes the changes of clients that are through, None where they are reported.
+        whole: products of the inputs of one step with each other are asked for too.
     """
 
     def __init__(
-        self, layer: MovingLayer, scratch: Scratch, *, leaps: bool, sums: BlockSum | None = None
+        self, layer: MovingLayer, scratch: Scratch, *, leaps: bool, sums: BlockSum | None, whole: bool
     ) -> None:
         self.layer, self.scratch, self.leaps, self.sums = layer, scratch, leaps, sums
         self.parameters: list[Moving] = [layer.weight, *([layer.bias] if layer.bias else [])]
         self.decay, self.rate = layer.weight.motion.decay, layer.weight.motion.rate
         values = layer.weight.values
+        self.whole = whole or sums is not None  # norms need all of the table
         self.onednn = values.dtype == torch.float32 and values.device.type == "cpu" and onednn.pays()
         self.data: StepData | None = None
 
@@ -100,6 +102,11 @@ class Lazy:
             else:
                 out.sub_(drift * _spread(self.rate * lengths, clients))
         return out.baddbmm_(table, moves)
+
+    def products(self, step: int) -> Tensor:
+        assert self.data is not None
+        clients, start, end = self.data.shapes[step][0], self.ends[step], self.ends[step + 1]
+        return self.table[:clients, start:end, start:end]
 
     def update(self, step: int, g: Tensor) -> None:
         clients, start = len(g), self.ends[step]
@@ -222,12 +229,15 @@ class Lazy:
         """x xᵀ of each client, plus a number."""
         place = 0
         for own, x, n, taken in zip(self.table, self.rows, data.lengths, self.taken, strict=True):
-            if self.onednn or self.sums is not None:  # norms need all of it
+            padded = self.ends[taken]
+            if self.onednn or self.whole:
                 torch.add(table(data.inputs, place, n), more, out=own[:n, :n])
             else:
                 self._fill(own, x, 0, taken, n)
                 own[:n, :n].add_(more)
-            own[n : self.ends[taken]].zero_()
+            own[n:padded].zero_()
+            if self.whole:
+                own[:n, n:padded].zero_()
             place += n
 
     def _fill(self, table: Tensor, x: Tensor, first: int, last: int, rows: int) -> None:

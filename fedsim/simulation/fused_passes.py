@@ -10,7 +10,7 @@ from torch import Tensor
 from fedsim.simulation.fused_data import StepData
 from fedsim.simulation.fused_first import First
 from fedsim.simulation.fused_losses import BlockLoss
-from fedsim.simulation.fused_stacks import MovingLayer
+from fedsim.simulation.fused_stacks import MovingLayer, gram
 
 
 class Pass(NamedTuple):
@@ -86,9 +86,3 @@ def back(layer: MovingLayer, tape: list[Tensor], g: Tensor) -> None:
     """Derivatives before a layer's activations, in the place of those after."""
     for activation, t in zip(reversed(layer.layer.activations), reversed(tape), strict=True):
         activation.backward(g, t, g)
-
-
-def gram(layer: MovingLayer, one: Tensor, other: Tensor) -> Tensor:
-    """[k, B, B] products of the rows of a layer's inputs, with the 1 that a bias is the weight of."""
-    found = one.bmm(other.transpose(1, 2))
-    return found if layer.bias is None else found.add_(1.0)

@@ -219,3 +219,9 @@ class MovingLayer:
             changes = parameter.values[:clients].clone()
             changes[: parameter.leaps_from].sub_(parameter.start)
             sums.add_changes(parameter.name, changes, slice(clients))
+
+
+def gram(layer: MovingLayer, one: Tensor, other: Tensor) -> Tensor:
+    """[k, B, B] products of the rows of a layer's inputs, with the 1 that a bias is the weight of."""
+    found = one.bmm(other.transpose(1, 2))
+    return found if layer.bias is None else found.add_(1.0)

@@ -20,8 +20,8 @@ from torch import Tensor
 from fedsim.simulation.fused_data import StepData
 from fedsim.simulation.fused_first import First
 from fedsim.simulation.fused_losses import BlockLoss
-from fedsim.simulation.fused_passes import Ascent, Pass, back, forward, gram
-from fedsim.simulation.fused_stacks import MovingLayer, Scratch
+from fedsim.simulation.fused_passes import Ascent, Pass, back, forward
+from fedsim.simulation.fused_stacks import MovingLayer, Scratch, gram
 from fedsim.uphill import FLOOR, UphillGradient
 
 
@@ -51,14 +51,13 @@ class Climb:
             first: the first layer, opened with `data`.
             loss: at x, which is the one to report; second: at x + e.
         """
-        products = _products(data, ones=self.layers[0].bias is not None)
         row = 0
         for step, (clients, width) in enumerate(data.shapes):
             start = first.forward(step)
             kept = self.scratch.take("start", *start.shape).copy_(start)  # activations write over it
             one = forward(self.layers, start, None)
             d1 = self._derivatives(one, loss.passed_back(one.outputs, row))
-            ascent, lift = self._ascent(one, d1, products[step])
+            ascent, lift = self._ascent(one, d1, first.products(step))
             two = forward(self.again, kept.add_(lift), ascent)
             self._descend(step, first, one, d1, two, ascent, second.passed_back(two.outputs, row))
             row += clients * width
@@ -102,28 +101,3 @@ class Climb:
                 inputs = torch.cat([h, inputs], 1)
             self.layers[number].update(inputs, g)
             g = before
-
-
-def _products(data: StepData, *, ones: bool) -> list[Tensor]:
-    """[k, B, B] of each step of a run: products of the rows of its inputs, plus one where `ones`."""
-    if data.lengths:
-        found = _products_by_client(data)
-    else:
-        parts = torch.split(data.inputs, [clients * width for clients, width in data.shapes])
-        steps = (part.view(*shape, -1) for part, shape in zip(parts, data.shapes, strict=True))
-        found = [x.bmm(x.transpose(1, 2)) for x in steps]
-    return [products.add_(1.0) for products in found] if ones else found
-
-
-def _products_by_client(data: StepData) -> list[Tensor]:
-    """The same where the inputs lie client by client and end with the last real row of each."""
-    found = [data.inputs.new_zeros(clients, width, width) for clients, width in data.shapes]
-    for client, x in enumerate(torch.split(data.inputs, list(data.lengths))):
-        start = 0
-        for products, (clients, width) in zip(found, data.shapes, strict=True):
-            if client >= clients:
-                break
-            rows = x[start : start + width]
-            torch.mm(rows, rows.t(), out=products[client, : len(rows), : len(rows)])
-            start += width
-    return found

@@ -31,6 +31,17 @@ def registered(name: str) -> Strategy:
     return strategy
 
 
+def with_defaults() -> dict[str, Strategy]:
+    """All strategies with their default parameters, under any scheduler, without those that have none."""
+    made: dict[str, Strategy] = {}
+    for name in STRATEGIES:
+        try:
+            made[name] = load("strategies", name)()
+        except TypeError:  # a parameter without default
+            continue
+    return made
+
+
 def choices(name: str) -> list[dict[str, Any]]:
     """Every single parameter of a strategy set to every value that its `Literal` annotation allows."""
     factory = load("strategies", name)

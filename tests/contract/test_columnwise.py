@@ -14,10 +14,9 @@ from torch import Tensor
 
 from fedsim.engine import Failed
 from fedsim.reduce import Pieces
-from fedsim.registry import load
 from fedsim.strategy import Strategy
 from fedsim.types import Ids, UpdateBlock
-from tests.contract.registered import STRATEGIES
+from tests.contract.registered import with_defaults
 from tests.contract.test_strategies import assert_same_tree
 from tests.federations import Small, build
 
@@ -25,13 +24,7 @@ ROUNDS = 3
 
 
 def columnwise() -> dict[str, Strategy]:
-    made: dict[str, Strategy] = {}
-    for name in STRATEGIES:
-        try:
-            made[name] = load("strategies", name)()
-        except TypeError:  # a parameter without default
-            continue
-    return {name: strategy for name, strategy in made.items() if strategy.traits.columnwise}
+    return {name: strategy for name, strategy in with_defaults().items() if strategy.traits.columnwise}
 
 
 def one_by_one(small: Small, released: list[int], *, mapped: bool) -> None:

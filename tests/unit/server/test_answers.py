@@ -27,9 +27,9 @@ def block(folder: Path, *, inline: bool, personal: frozenset[str] = frozenset())
     content = bundle.encode({"vectors/delta": DELTA})
     objects, segments = Objects(folder / "objects"), Segments(folder / "segments")
     made = objects.put(content)
-    offset, size = segments.of(Window(RUN, 0, 0)).append(content)
+    (offset,) = segments.of(Window(RUN, 0, 0)).append([content])
     place = f"0/0/{offset}" if inline else "object"
-    answer = Answer(bytes(16), 4, 2, made.digest, size, place, 10, 1, math.nan, 0.5, {})
+    answer = Answer(bytes(16), 4, 2, made.digest, len(content), place, 10, 1, math.nan, 0.5, {})
     return block_of(
         answer, spec, state_version=0, device=torch.device("cpu"), run_id=RUN, objects=objects,
         segments=segments,

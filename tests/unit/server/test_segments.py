@@ -29,6 +29,12 @@ def segments(tmp_path: Path) -> Iterator[Segments]:
     opened.close()
 
 
+def put(segment: Segment, content: bytes) -> tuple[int, int]:
+    """Append one update: its offset and size."""
+    (offset,) = segment.append([content])
+    return offset, len(content)
+
+
 def broken(code: int = errno.ENOSPC) -> OSError:
     return OSError(code, os.strerror(code))
 
@@ -39,7 +45,7 @@ def fail(*_: object) -> int:
 
 def test_what_is_appended_is_read_at_its_offset(segments: Segments) -> None:
     segment = segments.of(HERE)
-    places = [segment.append(content) for content in (b"first", b"", b"second")]
+    places = [put(segment, content) for content in (b"first", b"", b"second")]
     segment.sync()
     assert places == [(0, 5), (5, 0), (5, 6)]
     assert [bytes(segment.read(*place)) for place in places] == [b"first", b"", b"second"]
@@ -54,11 +60,11 @@ def test_a_window_has_one_segment(segments: Segments) -> None:
 
 def test_after_a_restart_it_goes_on_behind_what_is_there(segments: Segments) -> None:
     """R29: bytes behind the last row may be there or not; nobody asks for them."""
-    segments.of(HERE).append(b"first")
+    put(segments.of(HERE), b"first")
     segments.close()
     with segments.path(HERE).open("ab") as file:
         file.write(b"torn")
-    place = segments.of(HERE).append(b"second")
+    place = put(segments.of(HERE), b"second")
     assert place == (9, 6)
     assert bytes(segments.of(HERE).read(0, 5)) == b"first"
     assert bytes(segments.of(HERE).read(*place)) == b"second"
@@ -70,8 +76,8 @@ def test_nothing_is_synced_twice(segments: Segments, monkeypatch: pytest.MonkeyP
     segment = segments.of(HERE)
     segment.sync()
     assert calls == []
-    segment.append(b"a")
-    segment.append(b"b")
+    put(segment, b"a")
+    put(segment, b"b")
     segment.sync()
     segment.sync()
     assert len(calls) == 1
@@ -81,7 +87,7 @@ def test_a_full_disk_leaves_the_segment_as_it_was(
     segments: Segments, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     segment = segments.of(HERE)
-    segment.append(b"first")
+    put(segment, b"first")
     write = os.write
 
     def half(handle: int, content: bytes) -> int:
@@ -92,9 +98,9 @@ def test_a_full_disk_leaves_the_segment_as_it_was(
     with monkeypatch.context() as patch:
         patch.setattr(os, "write", half)
         with pytest.raises(StorageFull):
-            segment.append(b"a long update")
+            put(segment, b"a long update")
     assert segment.path.read_bytes() == b"first"
-    assert segment.append(b"second") == (5, 6)
+    assert put(segment, b"second") == (5, 6)
 
 
 @pytest.mark.parametrize(("code", "kind"), [(errno.ENOSPC, StorageFull), (errno.EIO, LedgerUnavailable)])
@@ -102,9 +108,9 @@ def test_bytes_whose_sync_failed_are_given_up(
     segments: Segments, code: int, kind: type[Exception], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     segment = segments.of(HERE)
-    segment.append(b"safe")
+    put(segment, b"safe")
     segment.sync()
-    segment.append(b"lost")
+    put(segment, b"lost")
 
     def fail_once(handle: int) -> None:
         raise broken(code)
@@ -114,11 +120,11 @@ def test_bytes_whose_sync_failed_are_given_up(
         with pytest.raises(kind):
             segment.sync()
     assert segment.path.read_bytes() == b"safe"
-    assert segment.append(b"next") == (4, 4)
+    assert put(segment, b"next") == (4, 4)
 
 
 def test_a_place_beyond_the_end_is_damage(segments: Segments) -> None:
-    segments.of(HERE).append(b"short")
+    put(segments.of(HERE), b"short")
     with pytest.raises(EnvironmentProblem) as caught:
         segments.of(HERE).read(3, 10)
     assert caught.value.code == "FS-LED-012"
@@ -126,14 +132,14 @@ def test_a_place_beyond_the_end_is_damage(segments: Segments) -> None:
 
 def test_a_removed_segment_is_gone_and_says_so(segments: Segments) -> None:
     segment = segments.of(HERE)
-    segment.append(b"x")
+    put(segment, b"x")
     segments.remove(HERE)
     segments.remove(HERE)
     assert not segment.path.exists()
     with pytest.raises(LedgerUnavailable):
         segment.read(0, 1)
     with pytest.raises(LedgerUnavailable):
-        segment.append(b"y")
+        put(segment, b"y")
     segments.path(HERE).write_bytes(b"left by a crash")
     segments.remove(HERE)
     assert segments.present() == []
@@ -142,7 +148,7 @@ def test_a_removed_segment_is_gone_and_says_so(segments: Segments) -> None:
 def test_the_files_that_are_there_are_found(segments: Segments) -> None:
     other = Window("ba9876543210", 11, 2)
     for window in (other, HERE):
-        segments.of(window).append(b"x")
+        put(segments.of(window), b"x")
     (segments.folder / "not a run").mkdir()
     (segments.folder / HERE.run_id / "notes.txt").write_bytes(b"")
     assert segments.present() == [HERE, other]
@@ -163,7 +169,7 @@ def test_no_other_name_becomes_a_path(segments: Segments, window: Window) -> Non
 
 def test_reading_while_another_thread_appends(segments: Segments) -> None:
     segment = segments.of(HERE)
-    places = [segment.append(bytes([i]) * 500) for i in range(50)]
+    places = [put(segment, bytes([i]) * 500) for i in range(50)]
     wrong: list[int] = []
 
     def read() -> None:
@@ -175,7 +181,7 @@ def test_reading_while_another_thread_appends(segments: Segments) -> None:
     for thread in threads:
         thread.start()
     for i in range(50, 100):
-        segment.append(bytes([i]) * 500)
+        put(segment, bytes([i]) * 500)
     for thread in threads:
         thread.join(10)
     assert wrong == []
@@ -193,7 +199,7 @@ def database(tmp_path: Path) -> Iterator[Database]:
 
 def store(database: Database, segment: Segment, key: str, content: bytes) -> None:
     def operation(connection: Connection) -> None:
-        offset, size = segment.append(content)
+        offset, size = put(segment, content)
         connection.execute(insert(meta).values(key=key, value=f"{offset} {size}"))
         database.writer.before_commit(segment)
 

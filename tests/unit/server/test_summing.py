@@ -45,10 +45,10 @@ class Inline:
         if tensors is None:
             tensors = {"vectors/delta": torch.randn(SIZE, generator=self.draw) * 10.0 ** (number % 9 - 4)}
         content = bundle.encode(tensors)
-        offset, size = self.segments.of(Window(RUN, 3, 0)).append(content)
+        (offset,) = self.segments.of(Window(RUN, 3, 0)).append([content])
         values: dict[str, object] = {
             "task_id": number.to_bytes(16, "big"), "client": number, "version": 3,
-            "digest": hashlib.sha256(content).digest(), "size": size, "place": f"3/0/{offset}",
+            "digest": hashlib.sha256(content).digest(), "size": len(content), "place": f"3/0/{offset}",
             "examples": number % 13 + 1, "local_steps": 2, "normaliser": math.nan, "seconds": 0.5 * number,
             "metrics": {"loss": 1.0 / (number + 1)},
         }  # fmt: skip

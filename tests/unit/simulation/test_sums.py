@@ -20,7 +20,7 @@ from fedsim.simulation.stacked import StackedTrainer
 from fedsim.strategy import Strategy, fold_deltas, make_strategy
 from fedsim.training.work import Trainer, Workplace, by_work
 from fedsim.types import UpdateBlock
-from tests.contract.registered import STRATEGIES, choices, chosen
+from tests.contract.registered import choices, chosen, with_defaults
 from tests.federations import CLASSES, SIZES, Small, build
 
 PLAIN = LocalSpec(epochs=2, batch_size=4, lr=0.1)
@@ -69,29 +69,10 @@ def assert_same(one: Small, other: Small, *, rounds: int = 2, exact: float = 1e-
 
 
 def summable() -> list[Strategy]:
-    found: list[Strategy] = []
-    for name in STRATEGIES:
-        for parameters in [{}, *choices_of(name)]:
-            strategy = chosen(name, parameters) if able(name) else None
-            if strategy is not None and strategy.traits.sums_only and "sync" in strategy.traits.modes:
-                found.append(strategy)
-    return found
-
-
-def able(name: str) -> bool:
-    """Whether a strategy has no parameter without a default."""
-    try:
-        make_strategy(name)
-    except Exception:
-        return False
-    return True
-
-
-def choices_of(name: str) -> list[dict[str, Any]]:
-    try:
-        return choices(name)
-    except pytest.skip.Exception:
-        return []
+    synchronous = [name for name, strategy in with_defaults().items() if "sync" in strategy.traits.modes]
+    made = [chosen(name, parameters) for name in synchronous for parameters in [{}, *choices(name)]]
+    found = [strategy for strategy in made if strategy is not None]
+    return [s for s in found if s.traits.sums_only and "sync" in s.traits.modes]
 
 
 def test_many_strategies_need_sums_only_and_all_of_them_fold_so() -> None:
