@@ -26,6 +26,7 @@ from fedsim.client.job import Answer, Job
 from fedsim.config import Config
 from fedsim.data.batching import step_counts
 from fedsim.errors import DataError, ModelError
+from fedsim.keys import own_torch_generator
 from fedsim.local import LocalAlgorithm, LocalSpec
 from fedsim.pb import federation_pb2 as pb
 from fedsim.personal import personalise
@@ -159,7 +160,7 @@ class Trainee:
         if on_step is not None:  # a task may have been cancelled before its first step, or have none
             on_step(0, bench.steps.total)
         # Random layers draw from torch's own generator, seeded for this client and round.
-        with torch.random.fork_rng(devices=_gpus(self.device)):
+        with own_torch_generator(_gpus(self.device)):
             found = answer(bench.place, bench.trainer, None, work, bench.algorithm(work.spec), known)
         trained = found.trained
         update = wire.pack_update(

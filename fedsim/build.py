@@ -20,7 +20,7 @@ from fedsim.data.dataset import Dataset
 from fedsim.data.federated import FederatedData
 from fedsim.data.own import from_datasets
 from fedsim.errors import ConfigError, ModelError
-from fedsim.keys import Purpose, seed_torch, torch_seed
+from fedsim.keys import Purpose, own_torch_generator, seed_torch, torch_seed
 from fedsim.local import LocalSpec
 from fedsim.models import check_model, make_model
 from fedsim.opaque_client import OpaqueClient
@@ -134,7 +134,7 @@ def build_model(config: Config, data: FederatedData, given: Any = None) -> nn.Mo
     if given is None and config.model.target is None:
         # A name is a plugin's and never a place in code, whoever wrote the configuration.
         load("models", config.model.name)
-    with torch.random.fork_rng(devices=[]):
+    with own_torch_generator():
         seed_torch(torch_seed(config.run.seed, Purpose.MODEL, 0))
         module = make_model(
             copy.deepcopy(given)  # a module of the user's own is left as it is

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from fedsim.config import Config
@@ -19,6 +18,7 @@ from fedsim.errors import RunFailed
 from fedsim.evaluation import Evaluator, clients_due, fairness
 from fedsim.federation import Federation
 from fedsim.flat import ParamSpec
+from fedsim.keys import own_torch_generator
 from fedsim.local import LocalAlgorithm, LocalSpec
 from fedsim.outcome import Outcome
 from fedsim.personal import personalise
@@ -113,9 +113,7 @@ class FederatedRun:
 
     def _round(self, phases: dict[str, float]) -> Record:
         began = time.perf_counter()
-        # Random layers draw from torch's generator, seeded for each client; the user's is left alone.
-        with torch.random.fork_rng(devices=[]):
-            self.last_outcome = self.federation.run_window()
+        self.last_outcome = self._run_window()
         phases["train"] = time.perf_counter() - began
         record = dict(self.last_outcome.record)
         counts = ("round", "version", "outcome", "cohort", "received", "refused", "late", "lost")
@@ -123,6 +121,10 @@ class FederatedRun:
         if head["outcome"] != "failed":
             head |= self._evaluate(head["round"], phases)
         return head | record
+
+    def _run_window(self) -> Outcome:
+        """The next window, with the training that it needs."""
+        return self.federation.run_window()
 
     def _timed(self, work: Any) -> Record:
         began = time.perf_counter()
@@ -159,11 +161,13 @@ class FederatedRun:
         record: Record = {}
         buffers = self.federation.state.buffers
         due = last or round_index % config.every == 0
-        if config.central and due:
-            record |= self.evaluator.central(self.federation.model, buffers)
         self.client_evaluation = None
-        if clients_due(config.clients, round_index, last=last):
-            self.client_evaluation = self.evaluate_clients()
+        with own_torch_generator():  # a model may draw here too
+            if config.central and due:
+                record |= self.evaluator.central(self.federation.model, buffers)
+            if clients_due(config.clients, round_index, last=last):
+                self.client_evaluation = self.evaluate_clients()
+        if self.client_evaluation is not None:
             accuracy = self.client_evaluation["accuracy"]
             if np.isfinite(accuracy).any() and self.data.dataset.task != "regression":
                 record |= fairness(accuracy[np.isfinite(accuracy)])

@@ -8,6 +8,9 @@ whole cohort. Noise that carries a privacy guarantee in a real deployment must n
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from enum import IntEnum
 
 import numpy as np
@@ -112,10 +115,29 @@ def generator(seed: int, purpose: Purpose, round_index: int, client: int = 0) ->
     return np.random.Generator(np.random.Philox(int(key)))
 
 
+_HELD = threading.RLock()
+
+
+@contextmanager
+def own_torch_generator(devices: Sequence[int | torch.device] = ()) -> Iterator[None]:
+    """torch's own generator in the hands of this thread alone, and afterwards as it was.
+
+    A process has one of them. Whoever seeds it, or lets a model draw from it, does so in here: the
+    initial weights of a run would not be those of its seed where another run in another thread draws,
+    or puts the state back that it found, in the midst of them.
+
+    Args:
+        devices: the GPUs whose generators are meant too.
+    """
+    with _HELD, torch.random.fork_rng(devices=list(devices)):
+        yield
+
+
 def seed_torch(seed: int) -> None:
     """`torch.manual_seed` for the devices in use, a hundred times as fast.
 
-    torch's own keeps a list of all calls, with the stack of each, for devices that are never used.
+    Call it inside `own_torch_generator`. torch's own function keeps a list of all calls, with the stack
+    of each, for devices that are never used.
     """
     torch.default_generator.manual_seed(seed)
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]

@@ -435,9 +435,9 @@ class Run:
         rounds = values["run"]["rounds"]
         self.ok()
         assert [record["round"] for record in self.records] == list(range(rounds + 1))
-        assert self.digest == self.deployment.simulated(values)
         cohort = values["round"]["sample"]
         assert [record["received"] for record in self.records[1:]] == [cohort] * rounds
+        assert self.digest == self.deployment.simulated(values)
         arrived = [line["payload"]["task"] for line in self.journal if line["kind"] == "arrived"]
         assert len(arrived) == len(set(arrived)) == cohort * rounds
 
@@ -458,6 +458,12 @@ def held(deployment: Deployment, name: str) -> bool:
 def unsent(deployment: Deployment, name: str) -> bool:
     """Whether a client has an answer that was not handed in."""
     return any((deployment.home(name) / "unsent").glob("*/submit"))
+
+
+def accepted(deployment: Deployment, name: str, run: Run) -> bool:
+    """Whether a client was told that an answer of it counts in `run`."""
+    lines = deployment.members[name].said.splitlines()
+    return any(f"run={run.run_id}" in line and "verdict=ACCEPTED" in line for line in lines)
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from fedsim.errors import ModelError
+from fedsim.keys import own_torch_generator
 
 
 def check_model(model: nn.Module, inputs: Tensor, *, targets: Tensor, task: str, classes: int | None) -> None:
@@ -74,7 +75,7 @@ def forward_once(model: nn.Module, inputs: Tensor) -> object:
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     devices = [inputs.device] if inputs.device.type == "cuda" else []
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=devices):
+        with torch.no_grad(), own_torch_generator(devices):
             output: object = functional_call(model, buffers, (inputs,))
     # The user's forward can fail in any way; the reason is what it said.
     except Exception as error:

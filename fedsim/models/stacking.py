@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
+from fedsim.keys import own_torch_generator
 from fedsim.models.check import forward_once
 
 Tensors = Mapping[str, Tensor]
@@ -45,7 +46,7 @@ def stackable(model: nn.Module, inputs: Tensor) -> Stackable:
     if not trained:
         return Stackable(False, "the model has no trainable parameter")
     devices = [inputs.device] if inputs.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
+    with own_torch_generator(devices):
         parameters = {n: torch.stack([p, p * _SCALE + _SHIFT]) for n, p in trained.items()}
         buffers = {n: torch.stack([b, b]) for n, b in model.named_buffers()}
         batches = torch.stack([inputs, inputs.roll(1, 0)])

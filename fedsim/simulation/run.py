@@ -21,8 +21,10 @@ from fedsim.evaluation import Evaluator
 from fedsim.federated_run import FederatedRun
 from fedsim.federation import Federation, RunState
 from fedsim.flat import flat_of
+from fedsim.keys import own_torch_generator
 from fedsim.local import LocalSpec
 from fedsim.opaque_client import OpaqueClient
+from fedsim.outcome import Outcome
 from fedsim.rows import RowStore
 from fedsim.sampling import Free
 from fedsim.simulation.choose import choose
@@ -200,6 +202,11 @@ class Simulation(FederatedRun):
                 personal=None if algorithm.personal is None else personal,
             )
         )
+
+    def _run_window(self) -> Outcome:
+        # Random layers draw from torch's generator, seeded for each client; the user's is left alone.
+        with own_torch_generator():
+            return super()._run_window()
 
     def _sample(self, round_index: int, draw: int, count: int, busy: Ids) -> Ids:
         now = self.engine.now

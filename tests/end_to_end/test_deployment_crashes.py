@@ -19,7 +19,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from fedsim.identity import Key
 from fedsim.server.failpoints import KILLED
 from fedsim.storage import sha256
-from tests.deployed import Deployment, Run, held, stopped, unsent, until
+from tests.deployed import Deployment, Run, accepted, held, stopped, unsent, until
 from tests.deployed_values import large, values_of
 
 pytestmark = pytest.mark.slow
@@ -150,6 +150,7 @@ def test_a_full_disk_keeps_clients_waiting_and_pauses_the_run_until_there_is_spa
         fleet.proxy.up.hold_at = fleet.proxy.up.carried + 2_000_000
         run = fleet.submit(big)
         until(lambda: fleet.proxy.up.held and fleet.proxy.up.waiting, "held in mid-upload")
+        until(lambda: accepted(fleet, "client-2", run), "the other update there")
         filler = fill(fleet.state, leaving=4_500_000)
         fleet.proxy.heal()
         until(lambda: run.get().state == "paused", "paused")

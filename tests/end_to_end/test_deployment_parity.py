@@ -8,7 +8,7 @@ import pytest
 
 from fedsim.cli import call
 from tests.deployed import Deployment
-from tests.deployed_values import values_of
+from tests.deployed_values import large, values_of
 
 
 def test_two_client_processes_make_the_model_of_the_simulator(fleet: Deployment) -> None:
@@ -25,6 +25,24 @@ def test_five_client_processes_make_the_model_of_the_simulator(fleet: Deployment
     # Three of five: who is drawn, and what clients keep while they are not, belongs to it.
     values = values_of(strategy, clients=5, rounds=5, round={"sample": 3})
     fleet.submit(values).assert_as_simulated(values)
+
+
+@pytest.mark.slow
+def test_a_run_that_begins_beside_the_rounds_of_another_has_the_model_of_its_seed(fleet: Deployment) -> None:
+    """Their initial weights are drawn from one generator of the coordinator's process."""
+    fleet.ready(2)
+    seeds = {}
+    for seed in range(4):
+        values = values_of("fedavg", clients=2, rounds=1)
+        values["run"]["seed"] = seed
+        seeds[seed] = large(values, 12.0)
+        fleet.simulated(seeds[seed])
+    busy = fleet.submit(values_of("scaffold", clients=2, rounds=10_000))
+    busy.await_round(2)
+    for values in seeds.values():
+        fleet.submit(values).assert_as_simulated(values)
+    assert not busy.get().over
+    fleet.operator.stop(busy.run_id, now=True)
 
 
 @pytest.mark.slow
