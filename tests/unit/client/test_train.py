@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
@@ -64,6 +65,24 @@ def test_an_answer_equals_that_of_the_simulation_bit_for_bit(
         count += 1
     assert count == 12
     assert moved == 12
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_an_answer_does_not_depend_on_where_the_broadcast_lies_in_memory(tmp_path: Path, dtype: str) -> None:
+    """A product with a matrix has other last bits where its memory begins elsewhere."""
+    values = config("fedavg", engine={"name": "loop", "dtype": dtype}, model={"name": "mlp", "hidden": [300]})
+    values["data"]["features"] = 100
+    values["client"] = {"epochs": 1, "batch_size": 1, "lr": 0.1}
+    for count, found in zip(range(4), exchanges(values), strict=False):
+        for shift in (0, 4, 8, 16):
+            place = torch.empty(len(found.message) + 128, dtype=torch.uint8)
+            start = -(place.data_ptr() + bundle.read_header(found.message, len(found.message)).body) % 64
+            view = memoryview(place.numpy().data)[start + shift :][: len(found.message)]
+            view[:] = found.message
+            job = Job(found.task, cast(bytes, view), None, None, tmp_path / f"{count}-{shift}")
+            answer = Trainee(Source()).train(job)
+            assert isinstance(answer.update, bytes)
+            assert same(bundle.decode(answer.update)["vectors/delta"], found.block.vectors["delta"][0])
 
 
 def test_the_buffers_of_a_model_are_those_of_the_simulation(tmp_path: Path) -> None:
