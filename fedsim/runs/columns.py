@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from pydantic_core import to_json
 
 from fedsim.runs.lines import encode, ordered
 
@@ -37,55 +38,80 @@ def encode_columns(columns: Mapping[str, Column], head: Sequence[str]) -> bytes:
     if any(name in columns for name in _SPECIAL) or any(part is None for part in parts):
         return b"".join(_long_way(columns, head, row) for row in range(count))
     odd = np.zeros(count, bool)
-    form, filled = [], []
+    # A line is fixed text, a value, fixed text …, a value, fixed text.
+    fixed, filled, before = [], [], "{"
     for name, part in zip(names, parts, strict=True):
         assert part is not None
-        text, values, wrong = part
-        form.append(f"{json.dumps(name)}: ".replace("%", "%%") + text)
-        if values is not None:
-            filled.append(values)
+        texts, wrong = part
+        before += f"{json.dumps(name)}: "
+        if isinstance(texts, str):
+            before += texts + ", "
+        else:
+            fixed.append(before)
+            filled.append(texts)
+            before = ", "
         if wrong is not None:
             odd |= wrong
-    line = "{" + ", ".join(form) + "}\n"
+    fixed.append(before.removesuffix(", ") + "}\n")
+    width = len(fixed) + len(filled)
+    pieces = [""] * (count * width)
+    for place, text in enumerate(fixed):
+        pieces[2 * place :: width] = [text] * count
+    for place, column in enumerate(filled):
+        pieces[2 * place + 1 :: width] = column
     if odd.any():
-        rows: list[Any] = list(zip(*filled, strict=True))
         return b"".join(
-            _long_way(columns, head, row) if wrong else (line % rows[row]).encode("ascii")
+            _long_way(columns, head, row)
+            if wrong
+            else "".join(pieces[row * width : (row + 1) * width]).encode("ascii")
             for row, wrong in enumerate(odd.tolist())
         )
-    values = [None] * (count * len(filled))
-    for place, column in enumerate(filled):
-        values[place :: len(filled)] = column
-    return (line * count % tuple(values)).encode("ascii")
+    return "".join(pieces).encode("ascii")
 
 
 def _long_way(columns: Mapping[str, Column], head: Sequence[str], row: int) -> bytes:
     return encode(ordered({name: column[row] for name, column in columns.items()}, head))
 
 
-def _part(column: Column) -> tuple[str, list[Any] | None, np.ndarray | None] | None:
-    """A column in the form of a line: the text there, the values that it asks for, the rows not finite.
+def _part(column: Column) -> tuple[str | list[str], np.ndarray | None] | None:
+    """The values of a column as text, one text where all are the same, and the rows that are not finite.
 
     None for a column that this module cannot write.
     """
     values = column.tolist() if isinstance(column, np.ndarray) else list(column)
     kinds = set(map(type, values))
     if kinds == {float}:
-        numbers = np.array(values)
-        bits, finite = numbers.view(np.int64), np.isfinite(numbers)
-        if not finite.all():
-            return "%r", values, ~finite
-        return (repr(values[0]), None, None) if (bits == bits[0]).all() else ("%r", values, None)
+        return _floats(values)
     if not kinds <= _TEXT.keys():
         return None
     if len(kinds) == 1 and values.count(values[0]) == len(values):
-        return _TEXT[kinds.pop()](values[0]).replace("%", "%%"), None, None
+        return _TEXT[kinds.pop()](values[0]), None
     if kinds == {int}:
-        return "%d", values, None
+        return _texts(values), None
+    texts = [_TEXT[type(value)](value) for value in values]
     if float in kinds:
         wrong = np.array([type(value) is float and not np.isfinite(value) for value in values])
-        return "%s", [_TEXT[type(value)](value) for value in values], wrong if wrong.any() else None
-    return "%s", [_TEXT[type(value)](value) for value in values], None
+        return texts, wrong if wrong.any() else None
+    return texts, None
+
+
+def _floats(values: list[float]) -> tuple[str | list[str], np.ndarray | None]:
+    """See `_part`."""
+    numbers = np.array(values)
+    bits, sizes = numbers.view(np.int64), np.abs(numbers)
+    if (bits == bits[0]).all() and np.isfinite(numbers[0]):
+        return repr(values[0]), None
+    texts = _texts(values)
+    # Elsewhere Python writes exponents, or writes them in another way.
+    for row in np.flatnonzero(~((sizes >= 1e-4) & (sizes < 1e16) | (sizes == 0))).tolist():
+        texts[row] = repr(values[row])
+    wrong = ~np.isfinite(numbers)
+    return texts, wrong if wrong.any() else None
+
+
+def _texts(numbers: Sequence[float]) -> list[str]:
+    """Each number by itself; ten times as fast as `repr` of each."""
+    return to_json(numbers)[1:-1].decode("ascii").split(",")
 
 
 _TEXT: dict[type, Callable[[Any], str]] = {

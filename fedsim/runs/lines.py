@@ -37,9 +37,10 @@ def ordered(record: Mapping[str, Any], head: Sequence[str], *, tail: Sequence[st
     """The record in stable order: `head`, other keys by name, `tail`, ``nonfinite``, ``time``.
 
     Numbers that are NaN or infinite become null, and their names are listed in ``nonfinite``; those
-    inside ``time`` in ``time.nonfinite``, because whether they occur depends on the machine.
+    inside the object ``time`` in ``time.nonfinite``, because whether they occur depends on the machine.
     """
-    last = {*tail, "nonfinite", "time"}
+    timed = isinstance(record.get("time"), Mapping)  # else a value like others, of a user's own
+    last = {*tail, "nonfinite", "time"} if timed else {*tail, "nonfinite"}
     names = [name for name in head if name in record and name not in last]
     names += sorted(name for name in record if name not in {*head, *last})
     names += [name for name in tail if name in record]
@@ -47,7 +48,7 @@ def ordered(record: Mapping[str, Any], head: Sequence[str], *, tail: Sequence[st
     result = {name: _finite(record[name], name, lacking) for name in names}
     if lacking:
         result["nonfinite"] = sorted(set(lacking))
-    if "time" in record:
+    if timed:
         slow: list[str] = []
         time = _finite(record["time"], "", slow)
         result["time"] = time | {"nonfinite": slow} if slow else time

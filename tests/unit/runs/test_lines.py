@@ -176,3 +176,12 @@ def test_a_file_that_cannot_be_read_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(EnvironmentProblem) as caught:
         lines.read(tmp_path)  # a folder
     assert caught.value.code == "FS-ENV-024"
+
+
+@pytest.mark.parametrize(
+    ("value", "lacking"), [(float("nan"), ["time"]), ([float("inf")], ["time.0"]), (None, None), (1.5, None)]
+)
+def test_a_metric_of_the_users_own_may_be_called_time(value: Any, lacking: list[str] | None) -> None:
+    record = lines.ordered({"round": 1, "time": value}, ("round",))
+    assert record.get("nonfinite") == lacking
+    assert lines.encode(record)
