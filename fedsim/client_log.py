@@ -7,20 +7,24 @@ from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
 
+import numpy as np
+
 from fedsim.types import Floats, Ids, UpdateBlock
+
+Column = Sequence[Any] | np.ndarray  # Any: numbers, words, None
 
 
 @dataclass(slots=True)
 class ClientLog:
     """What happened to each client of a window, for ``clients.jsonl``; filled block by block."""
 
-    parts: list[dict[str, list[Any]]] = field(default_factory=list)  # Any: columns differ in type
+    parts: list[dict[str, Column]] = field(default_factory=list)  # of equally long columns each
 
     def add(
         self,
         block: UpdateBlock,
         reasons: Sequence[str | None] | None,
-        norms: Floats,
+        norms: Floats | None,
         bytes_up: int,
         *,
         staleness: Ids | None = None,
@@ -29,18 +33,19 @@ class ClientLog:
         verdicts = ["accepted"] * len(block)
         if reasons is not None:
             verdicts = ["accepted" if reason is None else "refused" for reason in reasons]
-        part: dict[str, list[Any]] = {
-            "client": block.ids.tolist(),
+        part: dict[str, Column] = {
+            "client": block.ids,
             "verdict": verdicts,
-            "examples": block.examples.tolist(),
-            "steps": block.local_steps.tolist(),
-            "norm": norms.tolist(),
-            "seconds": block.train_seconds.tolist(),
+            "examples": block.examples,
+            "steps": block.local_steps,
+            "seconds": block.train_seconds,
             "bytes_up": [bytes_up] * len(block),
-            **{name: values.tolist() for name, values in block.metrics.items()},
+            **block.metrics,
         }
+        if norms is not None:
+            part["norm"] = norms
         if staleness is not None:
-            part["staleness"] = staleness.tolist()
+            part["staleness"] = staleness
         if reasons is not None:
             part["reason"] = list(reasons)
         self.parts.append(part)
@@ -54,15 +59,27 @@ class ClientLog:
         return [
             (client, reason)
             for part in self.parts
-            for client, reason in zip(part["client"], part.get("reason", ()), strict=False)
+            for client, reason in zip(_listed(part["client"]), part.get("reason", ()), strict=False)
             if reason is not None
         ]
 
     @property
     def columns(self) -> dict[str, list[Any]]:
-        """Equally long columns, None where a client has no such value."""
+        """Equally long columns of plain values, None where a client has no such value."""
+        return {name: _listed(column) for name, column in self.as_held.items()}
+
+    @property
+    def as_held(self) -> dict[str, Column]:
+        """The same, numbers of a window's only part still as arrays."""
+        if len(self.parts) == 1:
+            return dict(self.parts[0])
         names = dict.fromkeys(name for part in self.parts for name in part)
-        return {
-            name: list(chain(*(part.get(name) or [None] * len(part["client"]) for part in self.parts)))
-            for name in names
-        }
+        return {name: list(chain(*(_entries(part, name) for part in self.parts))) for name in names}
+
+
+def _entries(part: dict[str, Column], name: str) -> list[Any]:
+    return _listed(part[name]) if name in part else [None] * len(part["client"])
+
+
+def _listed(column: Column) -> list[Any]:
+    return column.tolist() if isinstance(column, np.ndarray) else list(column)

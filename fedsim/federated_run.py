@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from fedsim.client_log import Column
 from fedsim.config import Config
 from fedsim.data.federated import FederatedData
 from fedsim.errors import RunFailed
@@ -182,11 +183,11 @@ class FederatedRun:
         return algorithm
 
     @property
-    def last_clients(self) -> dict[str, list[Any]] | None:
+    def last_clients(self) -> dict[str, Column] | None:
         """Columns of ``clients.jsonl`` for the last round."""
         if self.last_outcome is None:
             return None
-        columns = self.last_outcome.clients.columns
+        columns = self.last_outcome.clients.as_held
         count = len(columns.get("client", []))
         return {"round": [self.last_outcome.record["round"]] * count, **columns}
 

@@ -186,10 +186,13 @@ class Folding:
         )
 
 
-def update_norms(block: UpdateBlock) -> tuple[Floats, Bools]:
-    """[b] L2 norm of all that a client reported as "delta" (or of the first vector), and finiteness."""
+def update_norms(block: UpdateBlock) -> tuple[Floats | None, Bools]:
+    """[b] L2 norm of all that a client reported as "delta" (or of the first vector), and finiteness.
+
+    None where the updates were added up without their norms.
+    """
     finite = np.ones(len(block), bool)
-    norms = np.zeros(len(block)) if block.summed is None else block.summed.norms
+    norms: Floats | None = np.zeros(len(block)) if block.summed is None else block.summed.norms
     for position, rows in enumerate(block.vectors.values()):
         norm, entries = row_norms(rows)
         finite &= entries

@@ -144,12 +144,12 @@ class Summed(NamedTuple):
     Args:
         weights: [b] float64, by which.
         delta: [D] float64, Σ weights · updates.
-        norms: [b] float64, L2 of each update; all are finite.
+        norms: [b] float64, L2 of each update, None where nobody asks; all updates are finite.
     """
 
     weights: Floats
     delta: Tensor
-    norms: Floats
+    norms: Floats | None
 
 
 @dataclass(frozen=True, slots=True, eq=False)

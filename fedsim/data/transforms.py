@@ -70,8 +70,11 @@ def image(mean: Sequence[float], std: Sequence[float], *, crop: int = 0, flip: b
 
 def normalise(inputs: Tensor, *, scale: Tensor, shift: Tensor) -> Tensor:
     """[..., ch, h, w] float: ``inputs * scale + shift``, `scale` and `shift` of shape [ch, 1, 1]."""
-    # The product makes a new tensor, also for float inputs, so that adding in place is safe.
-    return (inputs * scale.to(inputs.device)).add_(shift.to(inputs.device))
+    scale, shift = scale.to(inputs.device), shift.to(inputs.device)
+    if inputs.is_floating_point():
+        return (inputs * scale).add_(shift)
+    # Products of bytes with float numbers take up to twenty times as long as of what they are made into.
+    return inputs.to(scale.dtype).mul_(scale).add_(shift)
 
 
 def crop_and_flip(inputs: Tensor, keys: Tensor, *, crop: int, flip: bool) -> Tensor:

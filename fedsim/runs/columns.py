@@ -14,9 +14,8 @@ from typing import Any
 import numpy as np
 from pydantic_core import to_json
 
+from fedsim.client_log import Column
 from fedsim.runs.lines import encode, ordered
-
-Column = Sequence[Any]  # Any: numbers, words, None
 
 _SPECIAL = ("nonfinite", "time")  # names that `ordered` does not take for values
 
@@ -78,10 +77,12 @@ def _part(column: Column) -> tuple[str | list[str], np.ndarray | None] | None:
 
     None for a column that this module cannot write.
     """
+    if isinstance(column, np.ndarray) and column.dtype.kind in "if":
+        return _floats(column.astype(np.float64)) if column.dtype.kind == "f" else _integers(column)
     values = column.tolist() if isinstance(column, np.ndarray) else list(column)
     kinds = set(map(type, values))
     if kinds == {float}:
-        return _floats(values)
+        return _floats(np.array(values))
     if not kinds <= _TEXT.keys():
         return None
     if len(kinds) == 1 and values.count(values[0]) == len(values):
@@ -95,10 +96,16 @@ def _part(column: Column) -> tuple[str | list[str], np.ndarray | None] | None:
     return texts, None
 
 
-def _floats(values: list[float]) -> tuple[str | list[str], np.ndarray | None]:
+def _integers(numbers: np.ndarray) -> tuple[str | list[str], None]:
     """See `_part`."""
-    numbers = np.array(values)
-    bits, sizes = numbers.view(np.int64), np.abs(numbers)
+    if (numbers == numbers[0]).all():
+        return repr(int(numbers[0])), None
+    return _texts(numbers.tolist()), None
+
+
+def _floats(numbers: np.ndarray) -> tuple[str | list[str], np.ndarray | None]:
+    """See `_part`; float64."""
+    bits, sizes, values = numbers.view(np.int64), np.abs(numbers), numbers.tolist()
     if (bits == bits[0]).all() and np.isfinite(numbers[0]):
         return repr(values[0]), None
     texts = _texts(values)

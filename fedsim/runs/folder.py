@@ -23,6 +23,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fedsim.client_log import Column
 from fedsim.runs import checkpoints, lines, lock, manifest, table
 from fedsim.runs.columns import encode_columns
 from fedsim.runs.lines import Record
@@ -112,7 +113,7 @@ class RunFolder:
         line = lines.ordered(record, lines.ROUND_KEYS, tail=lines.ROUND_TAIL)
         lines.append(self.path / METRICS, [line])
 
-    def append_clients(self, columns: Mapping[str, Sequence[Any]]) -> None:
+    def append_clients(self, columns: Mapping[str, Column]) -> None:
         """Add the clients of one round to ``clients.jsonl``, all in one write.
 
         Args:

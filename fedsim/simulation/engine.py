@@ -46,6 +46,7 @@ class SimulatedEngine:
         one_by_one: each answer is an event of its own, as asynchronous schedulers want it; otherwise
             those of one moment come together.
         crew: who computes the blocks, None for this process; closed with the engine.
+        norms: whether somebody asks for each update's norm.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class SimulatedEngine:
         transform: UpdateTransform | None = None,
         one_by_one: bool = False,
         crew: Crew | None = None,
+        norms: bool = True,
     ) -> None:
         self.place = place
         self.trainer = trainer
@@ -67,6 +69,7 @@ class SimulatedEngine:
         self.store = store
         self.transform = transform
         self.one_by_one = one_by_one
+        self.norms = norms
         self.crew: Crew = Alone() if crew is None else crew
         self.clock = VirtualClock()
         self.sent = Ledger()
@@ -229,7 +232,8 @@ class SimulatedEngine:
         """The block with what is known of its clients' states."""
         work = self._work(part)
         if weigh is not None:
-            work = replace(work, weights=weigh(self._block(part, _untrained(part.steps), {})))
+            weights = weigh(self._block(part, _untrained(part.steps), {}))
+            work = replace(work, weights=weights, norms=self.norms)
         known = self.store.has(work.ids)
         return Order(work, known, self.store.read(work.ids[known]) if known.any() else {})
 

@@ -114,7 +114,7 @@ class FusedTrainer:
         leap = reports_delta and len(schedule) <= 1
         sums: BlockSum | None = None
         if work.weights is not None and reports_delta and motion.common:
-            sums = BlockSum(spec, work.weights, place.clients.device)
+            sums = BlockSum(spec, work.weights, place.clients.device, norms=work.norms)
         carry: Any = ()
         if stays:
             start: Vector | None = message.x

@@ -168,10 +168,12 @@ class Lazy:
         owners = torch.from_numpy(np.repeat(np.asarray(clients), lengths)).to(data.inputs.device)
         moves = torch.cat([self.moves[c, :n] for c, n in zip(clients, lengths, strict=True)])
         sums.add_product(self.layer.layer, moves, data.inputs[-sum(lengths) :], owners)
-        squares: list[Tensor] = []
-        for client, n, own in zip(clients, lengths, torch.split(moves, lengths), strict=True):
-            squares.append(inner(torch.mm(own, own.t()), self.table[client, :n, :n]))
-        sums.squares[first : first + len(squares)].add_(torch.stack(squares))
+        if sums.norms:
+            squares = [
+                inner(torch.mm(own, own.t()), self.table[client, :n, :n])
+                for client, n, own in zip(clients, lengths, torch.split(moves, lengths), strict=True)
+            ]
+            sums.squares[first : first + len(squares)].add_(torch.stack(squares))
         if self.decay != 1.0 or self.drift is not None:
             self._add_common(sums, clients, torch.split(moves, lengths))
 
@@ -191,13 +193,15 @@ class Lazy:
         for client, own in zip(clients, moves, strict=True):
             taken, n = self.taken[client], len(own)
             less, more = float(self._power(taken)) - 1.0, -self.rate * float(self._length(taken))
+            of_start += less * float(sums.given[client])
+            of_terms += more * float(sums.given[client])
+            if not sums.norms:
+                continue
             square = 2.0 * less * inner(own, self.outputs[client, :n])
             if self.drift is not None:
                 square = square + 2.0 * more * inner(own, self.drift[client, :n])
             square = square + less * less * between[0][0] + more * more * between[1][1]
             sums.squares[client] += square + 2.0 * less * more * between[0][1]
-            of_start += less * float(sums.given[client])
-            of_terms += more * float(sums.given[client])
         for parameter, term in zip(self.parameters, terms, strict=True):
             assert parameter.start is not None
             sums.add_scaled(parameter.name, parameter.start, of_start)

@@ -41,7 +41,8 @@ def restored(trained: Trained, order: Ids) -> Trained:
 
     summed = trained.summed
     if summed is not None:
-        summed = summed._replace(weights=summed.weights[order], norms=summed.norms[order])
+        norms = None if summed.norms is None else summed.norms[order]
+        summed = summed._replace(weights=summed.weights[order], norms=norms)
     return trained._replace(
         summed=summed,
         vectors=rows(trained.vectors),

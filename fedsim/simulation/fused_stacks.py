@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fedsim.simulation.fused_layers import Dense
+from fedsim.simulation.fused_products import outputs
 from fedsim.simulation.fused_sums import BlockSum, pays, squared_norms
 
 
@@ -174,11 +175,7 @@ class MovingLayer:
         shared = self.weight.shared
         if shared is not None:
             flat, whole = inputs.reshape(k * rows, -1), out.view(k * rows, -1)
-            if self.bias is None:
-                torch.mm(flat, shared.t(), out=whole)
-            else:
-                assert self.bias.shared is not None
-                torch.addmm(self.bias.shared, flat, shared.t(), out=whole)
+            outputs(flat, shared, None if self.bias is None else self.bias.shared, whole)
             return out
         weight = self.weight.values[:k].transpose(1, 2)
         if self.bias is None:
@@ -202,8 +199,8 @@ class MovingLayer:
         if self.sums is not None and motion == (1.0, motion.rate, None) and pays(self.layer, rows):
             owners = torch.arange(k, device=g.device).repeat_interleave(rows)
             self.sums.add_product(self.layer, g.flatten(0, 1), inputs.flatten(0, 1), owners)
-            squares = squared_norms(g, inputs, bias=self.bias is not None)
-            self.sums.squares[:k].add_(squares)
+            if self.sums.norms:
+                self.sums.squares[:k].add_(squared_norms(g, inputs, bias=self.bias is not None))
             self.summed = True
             return
         self.weight.product(g.transpose(1, 2), inputs)

@@ -28,9 +28,10 @@ class BlockSum:
         spec: layout of the parameters.
         weights: [C] float64.
         device: of the parts.
+        norms: whether the updates' norms are wanted.
     """
 
-    def __init__(self, spec: ParamSpec, weights: Floats, device: torch.device) -> None:
+    def __init__(self, spec: ParamSpec, weights: Floats, device: torch.device, *, norms: bool = True) -> None:
         self.slices = spec.slices()
         self.given = weights
         self.weights = torch.from_numpy(weights).to(device)
@@ -38,7 +39,8 @@ class BlockSum:
         self.scale = float(np.abs(weights).max(initial=0.0)) or 1.0
         self.shares = (self.weights / self.scale).to(spec.dtype)
         self.total = torch.zeros(spec.size, dtype=torch.float64, device=device)
-        self.squares = torch.zeros(len(weights), dtype=torch.float64, device=device)
+        self.norms = norms
+        self.squares = torch.zeros(len(weights), dtype=torch.float64, device=device)  # of the norms
 
     def add_product(self, layer: Dense, moves: Tensor, inputs: Tensor, owners: Tensor) -> None:
         """Σ w movesᵀ inputs of a layer's weights, and of its bias.
@@ -55,7 +57,8 @@ class BlockSum:
         """Changes [k, *shape] of one parameter, as they are."""
         rows = changes.reshape(len(changes), -1)
         self._part(name).add_(weighted_sum(self.weights[clients], rows))
-        self.squares[clients].add_(torch.linalg.vector_norm(rows, dim=1).double().square())
+        if self.norms:
+            self.squares[clients].add_(torch.linalg.vector_norm(rows, dim=1).double().square())
 
     def add_scaled(self, name: str, values: Tensor, factor: float) -> None:
         """The same values times a number that holds the weights already."""
@@ -64,11 +67,16 @@ class BlockSum:
 
     def result(self) -> Summed | None:
         """None where something is not finite: then it must be seen whose update that is."""
+        # What is not finite in one update is not finite in the sum either, by whatever weight.
+        if not bool(torch.isfinite(self.total).all()):
+            return None
+        if not self.norms:
+            return Summed(self.given, self.total, None)
         # Of a difference of large squares, rounding may leave a little less than nothing.
         norms = self.squares.clamp_min(0.0).sqrt()
-        if not bool(torch.isfinite(norms).all()) or not bool(torch.isfinite(self.total).all()):
-            return None
-        return Summed(self.given, self.total, norms.cpu().numpy())
+        return (
+            Summed(self.given, self.total, norms.cpu().numpy()) if bool(torch.isfinite(norms).all()) else None
+        )
 
     def _part(self, name: str) -> Tensor:
         return self.total[self.slices[name]]

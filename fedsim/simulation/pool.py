@@ -172,7 +172,12 @@ class Pool:
         content = (
             work.ids, work.steps, work.rounds, work.lent, task.order.known, task.order.rows, work.weights,
         )  # fmt: skip
-        words: Words = {"order": task.ticket, "spec": task.call.spec, "mixed": work.mixed}
+        words: Words = {
+            "order": task.ticket,
+            "spec": task.call.spec,
+            "mixed": work.mixed,
+            "norms": work.norms,
+        }
         placed, files = self.arena.write(worker.number, task.slot, task.page, content, work)
         try:
             pool_messages.send(worker.process.channel, words | placed, files)

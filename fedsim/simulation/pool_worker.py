@@ -165,7 +165,7 @@ class Desk:
         ids, steps, rounds, lent, known, rows, weights = read(words["slot"], words["work"])
         vectors, scalars, floating, integers = read(words["page"], words["message"])
         message, buffers = Message(vectors, scalars), Buffers(floating, integers)
-        work = Work(ids, steps, rounds, spec, message, lent, buffers, words["mixed"], weights)
+        work = Work(ids, steps, rounds, spec, message, lent, buffers, words["mixed"], weights, words["norms"])
         return Order(work, known.astype(bool), rows)
 
 

@@ -146,6 +146,7 @@ class Simulation(FederatedRun):
             transform=transform,
             one_by_one=self.scheduler.mode == "async",
             crew=make_crew(choice, self.config, self.python_objects),
+            norms=self.config.output.clients,
         )
         population = population_of(
             self.config,

@@ -52,6 +52,7 @@ class Work:
         mixed: the clients start from different versions.
         weights: [C], where their weighted sum is all that is wanted of the updates; a trainer may make rows
             all the same.
+        norms: whether somebody asks how long each update is, where `weights` are there.
     """
 
     ids: Ids
@@ -63,6 +64,7 @@ class Work:
     buffers: Buffers
     mixed: bool = False
     weights: Floats | None = None
+    norms: bool = True
 
 
 class Trained(NamedTuple):

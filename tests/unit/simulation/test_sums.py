@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from fedsim import Simulation
 from fedsim.errors import RegistryError
 from fedsim.local import LocalSpec
 from fedsim.server_ema import with_server_ema
@@ -22,6 +23,7 @@ from fedsim.training.work import Trainer, Workplace, by_work
 from fedsim.types import UpdateBlock
 from tests.contract.registered import choices, chosen, with_defaults
 from tests.federations import CLASSES, SIZES, Small, build
+from tests.wired import config
 
 PLAIN = LocalSpec(epochs=2, batch_size=4, lr=0.1)
 TRAINERS: dict[str, Callable[[Workplace], Trainer]] = {
@@ -132,6 +134,7 @@ def test_layers_need_no_bias(name: str, monkeypatch: pytest.MonkeyPatch) -> None
 def test_tiles_of_onednn_give_the_same_sums(tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(onednn, "pays", lambda: True)
     monkeypatch.setattr(fused_products, "_TILE", tile)
+    monkeypatch.setattr(fused_products, "_SMALL_TILE", tile + 1)
     monkeypatch.setattr(fused_products, "_LARGE", 1)
     monkeypatch.setattr(fused_products, "_GRAIN", 3)
     monkeypatch.setattr("fedsim.simulation.fused._IN_ROWS_BYTES", 100)
@@ -140,10 +143,11 @@ def test_tiles_of_onednn_give_the_same_sums(tile: int, monkeypatch: pytest.Monke
     assert all(summed)
 
 
-@pytest.mark.parametrize("rows", [1, 5, 300, 1000])
-def test_products_over_rows_are_products(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("large", [1, 1 << 20])
+@pytest.mark.parametrize("rows", [1, 5, 300, 1000, 2048, 5000])
+def test_products_over_rows_are_products(rows: int, large: int, monkeypatch: pytest.MonkeyPatch) -> None:
     draw = torch.Generator().manual_seed(rows)
-    monkeypatch.setattr(fused_products, "_LARGE", 1)
+    monkeypatch.setattr(fused_products, "_LARGE", large)
     moves, inputs = torch.randn(rows, 5, generator=draw), torch.randn(rows, 7, generator=draw)
     weight, bias = torch.randn(5, 7, generator=draw), torch.randn(5, generator=draw)
     exact = moves.double().t() @ inputs.double()
@@ -151,6 +155,9 @@ def test_products_over_rows_are_products(rows: int, monkeypatch: pytest.MonkeyPa
     expected = inputs @ weight.t()
     assert torch.allclose(fused_products.outputs(inputs, weight, None), expected, atol=1e-5)
     assert torch.allclose(fused_products.outputs(inputs, weight, bias), expected + bias, atol=1e-5)
+    place = torch.empty(rows, 5)
+    assert fused_products.outputs(inputs, weight, bias, place) is place
+    assert torch.allclose(place, expected + bias, atol=1e-5)
     start, count = rows // 3, rows - rows // 2
     x = inputs[start : start + count]
     assert torch.allclose(fused_products.table(inputs, start, count), x @ x.t(), atol=1e-5)
@@ -172,6 +179,43 @@ def test_who_is_not_finite_is_refused_by_name_and_the_others_count(trainer: str)
     assert sorted(first.clients.troubles) == sorted(second.clients.troubles)
     assert torch.equal(one.federation.model, other.federation.model)
     assert not all(summed)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("large", [100, 1 << 30])
+@pytest.mark.parametrize("decay", [0.0, 0.05])
+def test_norms_that_nobody_asks_for_are_not_taken(
+    workers: int, large: int, decay: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fedsim.simulation.fused._IN_ROWS_BYTES", large)
+    models = []
+    for lines in (True, False):
+        values = config(engine={"name": "fused", "block": 2, "workers": workers}, output={"clients": lines})
+        values["client"]["weight_decay"] = decay
+        simulation = Simulation(values)
+        for record in simulation:
+            found = simulation.last_clients or {}
+            assert ("norm" in found) == (lines and record["round"] > 0)
+            assert ("loss" in found) == (record["round"] > 0)
+        models.append(simulation.federation.model)
+        simulation.engine.close()
+    assert torch.equal(*models)
+
+
+def test_who_is_not_finite_is_refused_where_nobody_asks_for_norms() -> None:
+    averaging = make_strategy("fedavg")
+
+    def plan(state: Any, spec: Any, window: int, ids: Any) -> Any:
+        return replace(spec, lr=1e30), np.where(ids == 1, 0, 2)
+
+    sick = averaging._replace(plan=plan)
+    parameters: dict[str, Any] = {"spec": replace(PLAIN, steps=2), "dtype": torch.float32}
+    one, other, _ = pair(sick, **parameters)
+    one.engine.norms = False
+    first, second = one.federation.run_window(), other.federation.run_window()
+    assert first.record["refused"] == second.record["refused"] > 0
+    assert sorted(first.clients.troubles) == sorted(second.clients.troubles)
+    assert torch.equal(one.federation.model, other.federation.model)
 
 
 def test_a_client_without_weight_is_refused_and_the_others_count() -> None:
