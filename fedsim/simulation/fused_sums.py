@@ -51,7 +51,7 @@ class BlockSum:
         weighted = moves * self.shares[owners].unsqueeze(1)
         self._part(layer.weight).add_(sum_over_rows(weighted, inputs).view(-1), alpha=self.scale)
         if layer.bias:
-            self._part(layer.bias).add_(weighted.sum(0, dtype=torch.float64), alpha=self.scale)
+            self._part(layer.bias).add_(weighted.sum(0).double(), alpha=self.scale)
 
     def add_changes(self, name: str, changes: Tensor, clients: slice) -> None:
         """Changes [k, *shape] of one parameter, as they are."""
