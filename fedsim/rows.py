@@ -7,20 +7,15 @@ a slot that the last checkpoint names is never overwritten: a checkpoint stores 
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fedsim.storage import sync_file
+from fedsim.row_segments import Layout, Segments
 from fedsim.types import Bools, Ids
-
-SEGMENT_BYTES = 16 << 20
-_LARGE_ROW = 64 << 10  # bytes from which rows are copied one by one: no gathered copy in between
 
 
 class RowStore:
@@ -33,18 +28,20 @@ class RowStore:
 
     def __init__(self, population: int, folder: Path | None = None) -> None:
         self.folder = folder
-        self.layout: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
         self.slot_of = np.full(population, -1, np.int64)
         self.version_of = np.zeros(population, np.int64)
         self._staged_slot = np.empty(0, np.int64)  # [N] once there are rows, -1 for nothing staged
         self._staged: list[Ids] = []  # who has one
-        self._segments: dict[str, list[Tensor]] = {}
+        self._segments: Segments | None = None  # once there are rows
         self._free: list[Ids] = []
         self._pinned = np.empty(0, bool)  # [slots] of the last durable index
         self._indexed = np.empty(0, bool)  # [slots] of the last index, durable or not
         self._held = np.empty(0, np.int64)  # replaced, but named by one of the two
-        self._slots = 0
-        self._per_segment = 1
+
+    @property
+    def layout(self) -> Layout:
+        """Shape and dtype of each named row; empty before the first."""
+        return {} if self._segments is None else self._segments.layout
 
     def has(self, ids: Ids) -> Bools:
         """[b] whether a committed row exists."""
@@ -55,7 +52,7 @@ class RowStore:
         slots = self.slot_of[ids]
         if (slots < 0).any():
             raise KeyError(f"client {ids[slots < 0][0]} has no row")
-        return {name: self._copied(name, slots) for name in self.layout}
+        return {name: self._segments.read(name, slots) for name in self.layout} if self._segments else {}
 
     def held(self, ids: Ids, name: str, *, like: Tensor) -> Tensor:
         """[b, D] the vector `name` of each client, zero for clients without rows.
@@ -66,59 +63,33 @@ class RowStore:
         vectors = like.new_zeros(len(ids), len(like))
         known = self.has(ids)
         if known.any():
-            rows = self._copied(name, self.slot_of[ids[known]])
+            assert self._segments is not None
+            rows = self._segments.read(name, self.slot_of[ids[known]])
             vectors[torch.from_numpy(known).to(like.device)] = rows.to(vectors)
         return vectors
-
-    def _copied(self, name: str, slots: Ids) -> Tensor:
-        """[b, *shape] the rows in these slots."""
-        shape, dtype = self.layout[name]
-        rows = torch.empty((len(slots), *shape), dtype=dtype)
-        for segment, at, inside in self._places(name, slots):
-            if at is None:
-                torch.index_select(segment, 0, inside, out=rows)
-            else:
-                rows[at] = segment[inside]
-        return rows
-
-    def _places(self, name: str, slots: Ids) -> Iterator[tuple[Tensor, Any, Any]]:
-        """Segment by segment: which of `slots` lie there (None for all of them), and where.
-
-        Large rows one by one, as whole numbers; small ones many at a time, as tensors.
-        """
-        segments, numbers, inside = (
-            self._segments[name],
-            slots // self._per_segment,
-            slots % self._per_segment,
-        )
-        if self._per_segment <= SEGMENT_BYTES // _LARGE_ROW:
-            for row, (number, place) in enumerate(zip(numbers.tolist(), inside.tolist(), strict=True)):
-                yield segments[number], row, place
-            return
-        for number in np.unique(numbers).tolist():
-            mine = np.flatnonzero(numbers == number)
-            at = None if len(mine) == len(slots) else torch.from_numpy(mine)
-            yield segments[number], at, torch.from_numpy(inside[mine])
 
     def stage(self, ids: Ids, rows: Mapping[str, Tensor]) -> None:
         """Keep new rows [b, *shape] aside until they are committed; of a client named twice the last."""
         if not rows or not len(ids):
             return
-        if not self.layout:
+        if self._segments is None:
             self._lay_out({name: (tuple(t.shape[1:]), t.dtype) for name, t in rows.items()})
+        assert self._segments is not None
         alone, last = np.unique(ids[::-1], return_index=True)
         if len(alone) < len(ids):
             ids, keep = alone, torch.from_numpy(len(ids) - 1 - last)
             rows = {name: values[keep.to(values.device)] for name, values in rows.items()}
+        slots = self._reserved(ids)
+        for name, values in rows.items():
+            self._segments.write(name, slots, values)
+
+    def _reserved(self, ids: Ids) -> Ids:
+        """Slots for the new rows of these clients, each named once."""
         new = ids[self._staged_slot[ids] < 0]
         if len(new):
             self._staged_slot[new] = self._take(len(new))
             self._staged.append(new)
-        slots = self._staged_slot[ids]
-        for name, values in rows.items():
-            given = values.to(self.layout[name][1]).cpu()
-            for segment, at, inside in self._places(name, slots):
-                segment[inside] = given if at is None else given[at]
+        return self._staged_slot[ids]
 
     def commit(self, ids: Ids) -> None:
         """The staged rows of these clients become theirs; every other staged row is dropped."""
@@ -145,10 +116,8 @@ class RowStore:
 
     def index(self) -> dict[str, np.ndarray]:
         """What a checkpoint must hold; flushes the segments first."""
-        if self.folder is not None:
-            for name, segments in self._segments.items():
-                for number in range(len(segments)):
-                    sync_file(self._path(name, number))
+        if self._segments is not None:
+            self._segments.sync()
         self._indexed = self._mask(self.slot_of[self.slot_of >= 0])
         touched = np.flatnonzero((self.slot_of >= 0) | (self.version_of > 0))
         return {
@@ -167,41 +136,38 @@ class RowStore:
     def restore(
         self,
         index: Mapping[str, np.ndarray],
-        layout: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
+        layout: Layout,
     ) -> None:
         """Continue from a checkpoint's index over the segments in the folder."""
         self.slot_of[:] = -1
         self.version_of[:] = 0
         self._staged.clear()
         self._staged_slot[:] = -1
-        self._slots = 0
+        self._segments = None
         self.slot_of[index["ids"]] = index["slots"]
         self.version_of[index["ids"]] = index["versions"]
-        if layout:
-            self._lay_out(dict(layout))
         used = self.slot_of[self.slot_of >= 0]
-        top = int(used.max(initial=-1)) + 1
-        while self._slots < top:
-            self._grow()
+        if layout:
+            self._lay_out(layout)
+            assert self._segments is not None
+            self._segments.reach(used)
         self._indexed = self._mask(used)
         self._free = []
         self._give_back(np.flatnonzero(~self._indexed).astype(np.int64))
         self._held = np.empty(0, np.int64)
         self.pin()
 
-    def _lay_out(self, layout: dict[str, tuple[tuple[int, ...], torch.dtype]]) -> None:
-        self.layout = layout
-        self._segments = {name: [] for name in layout}
+    def _lay_out(self, layout: Layout) -> None:
+        self._segments = Segments(layout, self.folder)
         self._staged_slot = np.full(len(self.slot_of), -1, np.int64)
-        row_bytes = max(
-            int(np.prod(shape, dtype=np.int64)) * dtype.itemsize for shape, dtype in layout.values()
-        )
-        self._per_segment = max(1, SEGMENT_BYTES // max(1, row_bytes))
 
     def _take(self, count: int) -> Ids:
         """[count] free slots."""
+        assert self._segments is not None
         while sum(map(len, self._free)) < count:
-            self._grow()
+            first = self._segments.slots
+            self._segments.grow()
+            self._give_back(np.arange(first, self._segments.slots, dtype=np.int64))
         parts: list[Ids] = []
         while count:
             chunk = self._free.pop()
@@ -216,29 +182,9 @@ class RowStore:
 
     def _mask(self, slots: Ids) -> Bools:
         """[slots] True at these."""
-        mask = np.zeros(self._slots, bool)
+        mask = np.zeros(0 if self._segments is None else self._segments.slots, bool)
         mask[slots] = True
         return mask
-
-    def _grow(self) -> None:
-        number = self._slots // self._per_segment
-        for name, (shape, dtype) in self.layout.items():
-            full = (self._per_segment, *shape)
-            if self.folder is None:
-                self._segments[name].append(torch.zeros(full, dtype=dtype))
-                continue
-            self.folder.mkdir(parents=True, exist_ok=True)
-            # torch maps every dtype that a state may have, NumPy knows no bfloat16.
-            values = self._per_segment * math.prod(shape)
-            mapped = torch.from_file(str(self._path(name, number)), shared=True, size=values, dtype=dtype)
-            self._segments[name].append(mapped.reshape(full))
-        first = self._slots
-        self._slots += self._per_segment
-        self._give_back(np.arange(first, self._slots, dtype=np.int64))
-
-    def _path(self, name: str, number: int) -> Path:
-        assert self.folder is not None
-        return self.folder / f"{name}-{number:05d}.rows"
 
 
 def _holds(mask: Bools, slots: Ids) -> Bools:

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from fedsim import rows as rows_module
+from fedsim import row_segments
 from fedsim.rows import RowStore
 
 POPULATION = 6
@@ -108,7 +108,7 @@ class Machine(RuleBasedStateMachine):
 @pytest.fixture(autouse=True)
 def small_segments(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two rows a segment, so that stores of six clients have several files."""
-    monkeypatch.setattr(rows_module, "SEGMENT_BYTES", 16)
+    monkeypatch.setattr(row_segments, "SEGMENT_BYTES", 16)
 
 
 def test_any_sequence_of_operations_and_crashes_matches_a_dict() -> None:
@@ -169,7 +169,7 @@ def test_nothing_to_keep_costs_no_row_and_still_counts_versions() -> None:
 
 
 def test_rows_of_touched_clients_only_take_space(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(rows_module, "SEGMENT_BYTES", 1 << 12)
+    monkeypatch.setattr(row_segments, "SEGMENT_BYTES", 1 << 12)
     store = RowStore(1_000_000, tmp_path)
     ids = np.array([999_999, 5])
     store.stage(ids, {"c": torch.ones(2, 100)})
@@ -221,8 +221,8 @@ def test_held_vectors_are_those_committed_and_zero_for_everybody_else() -> None:
 
 @pytest.mark.parametrize("width", [4, 1 << 15], ids=["small rows together", "large rows one by one"])
 def test_rows_of_any_size_come_back_from_many_segments(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rows_module, "SEGMENT_BYTES", 1 << 18)
-    monkeypatch.setattr(rows_module, "_LARGE_ROW", 1 << 16)
+    monkeypatch.setattr(row_segments, "SEGMENT_BYTES", 1 << 18)
+    monkeypatch.setattr(row_segments, "_LARGE_ROW", 1 << 16)
     store, rng = RowStore(40_000), np.random.default_rng(0)
     ids = rng.choice(40_000, 3 if width > 4 else 30_000, replace=False)
     values = torch.arange(len(ids) * width, dtype=torch.float32).reshape(len(ids), width)
