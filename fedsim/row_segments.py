@@ -1,25 +1,30 @@
-"""The memory of rows: slots of named rows in segments of one size, kept in memory or mapped from files.
+"""The memory of rows: slots of named rows in segments of one size, in memory or in files.
 
-Whoever knows folder and layout can open the same files in another process: a worker reads the states of its
-clients there and writes what they keep. Which slot belongs to whom is the store's business (`fedsim.rows`).
+Small rows of files are mapped. Large ones are read and written by calls: a new page costs a mapping three to
+five times as much, and a full disk is an error there instead of the end of the process. Whoever knows folder
+and layout can open the same files in another process: a worker reads the states of its clients there and
+writes what they keep. Which slot belongs to whom is the store's business (`fedsim.rows`).
 """
 
 from __future__ import annotations
 
+import errno
 import math
+import os
 from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fedsim.storage import sync_file
+from fedsim.storage import problem, sync_file, unreadable
 from fedsim.types import Ids
 
 SEGMENT_BYTES = 16 << 20
-_LARGE_ROW = 64 << 10  # bytes from which rows are copied one by one: no gathered copy in between
+_LARGE_ROW = 64 << 10  # bytes from which rows are moved one by one: no gathered copy in between
 
 Layout = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 """Shape and dtype of each named row."""
@@ -30,14 +35,15 @@ class Segments:
 
     Args:
         layout: of the rows.
-        folder: of the files, which are as large as a segment from the start; None keeps rows in memory.
+        folder: of the files; None keeps rows in memory.
     """
 
     def __init__(self, layout: Layout, folder: Path | None) -> None:
         self.layout, self.folder = dict(layout), folder
         row_bytes = max(math.prod(shape) * dtype.itemsize for shape, dtype in layout.values())
         self.per_segment = max(1, SEGMENT_BYTES // max(1, row_bytes))
-        self._held: dict[str, list[Tensor]] = {name: [] for name in layout}
+        self._large = self.per_segment <= SEGMENT_BYTES // _LARGE_ROW
+        self._held: dict[str, list[Tensor]] = {name: [] for name in layout}  # or nothing, of files by calls
         self._count = 0
 
     @property
@@ -53,10 +59,11 @@ class Segments:
                 self._held[name].append(torch.zeros(full, dtype=dtype))
                 continue
             self.folder.mkdir(parents=True, exist_ok=True)
-            # torch maps every dtype that a state may have, NumPy knows no bfloat16.
-            path, size = str(self._path(name, self._count)), math.prod(full)
-            mapped = torch.from_file(path, shared=True, size=size, dtype=dtype)
-            self._held[name].append(mapped.reshape(full))
+            if not self._large:
+                # torch maps every dtype that a state may have, NumPy knows no bfloat16.
+                path, size = str(self._path(name, self._count)), math.prod(full)
+                mapped = torch.from_file(path, shared=True, size=size, dtype=dtype)
+                self._held[name].append(mapped.reshape(full))
         self._count += 1
 
     def reach(self, slots: Ids) -> None:
@@ -65,9 +72,17 @@ class Segments:
             self.grow()
 
     def read(self, name: str, slots: Ids) -> Tensor:
-        """[b, *shape] the rows in these slots, copied."""
+        """[b, *shape] the rows in these slots, copied.
+
+        Raises:
+            EnvironmentProblem: FS-ENV-024.
+        """
         shape, dtype = self.layout[name]
         rows = torch.empty((len(slots), *shape), dtype=dtype)
+        if self.folder is not None and self._large:
+            for row, path, offset in self._rows(name, slots, rows):
+                _read(path, row, offset)
+            return rows
         for segment, at, inside in self._places(name, slots):
             if at is None:
                 torch.index_select(segment, 0, inside, out=rows)
@@ -76,8 +91,16 @@ class Segments:
         return rows
 
     def write(self, name: str, slots: Ids, rows: Tensor) -> None:
-        """Put rows [b, *shape] into these slots."""
+        """Put rows [b, *shape] into these slots.
+
+        Raises:
+            EnvironmentProblem: FS-ENV-020 … 022.
+        """
         given = rows.to(self.layout[name][1]).cpu()
+        if self.folder is not None and self._large:
+            for row, path, offset in self._rows(name, slots, given.contiguous()):
+                _write(path, row, offset)
+            return
         for segment, at, inside in self._places(name, slots):
             segment[inside] = given if at is None else given[at]
 
@@ -94,7 +117,7 @@ class Segments:
         Large rows one by one, as whole numbers; small ones many at a time, as tensors.
         """
         segments, numbers, inside = self._held[name], slots // self.per_segment, slots % self.per_segment
-        if self.per_segment <= SEGMENT_BYTES // _LARGE_ROW:
+        if self._large:
             for row, (number, place) in enumerate(zip(numbers.tolist(), inside.tolist(), strict=True)):
                 yield segments[number], row, place
             return
@@ -103,6 +126,80 @@ class Segments:
             at = None if len(mine) == len(slots) else torch.from_numpy(mine)
             yield segments[number], at, torch.from_numpy(inside[mine])
 
+    def _rows(self, name: str, slots: Ids, rows: Tensor) -> Iterator[tuple[memoryview, Path, int]]:
+        """The bytes of each row, its file, and where in it the row lies."""
+        size = math.prod(self.layout[name][0])
+        content = rows.reshape(len(rows), size).view(torch.uint8).numpy()
+        places = zip((slots // self.per_segment).tolist(), (slots % self.per_segment).tolist(), strict=True)
+        for row, (number, place) in zip(content, places, strict=True):
+            yield memoryview(row.data), self._path(name, number), place * len(row)
+
     def _path(self, name: str, number: int) -> Path:
         assert self.folder is not None
         return self.folder / f"{name}-{number:05d}.rows"
+
+
+def _write(path: Path, content: memoryview, offset: int) -> None:
+    try:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            while content:
+                written = os.pwrite(handle, content, offset)
+                content, offset = content[written:], offset + written
+        finally:
+            os.close(handle)
+    except OSError as error:
+        raise problem(error, path) from error
+
+
+def _read(path: Path, into: memoryview, offset: int) -> None:
+    try:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            while into:
+                read = os.preadv(handle, [into], offset)
+                if not read:
+                    raise OSError(errno.EIO, "the file is shorter than it was")
+                into, offset = into[read:], offset + read
+        finally:
+            os.close(handle)
+    except OSError as error:
+        raise unreadable(error, path) from error
+
+
+class RowsAt(NamedTuple):
+    """Where the rows of b clients lie in files, for a process that has no store.
+
+    Args:
+        folder: of the segments.
+        layout: (name, shape, name of the dtype) of each row.
+        taken: [k] slots of the clients that have rows.
+        kept: [b] slots for the rows of all of them afterwards.
+    """
+
+    folder: str
+    layout: tuple[tuple[str, tuple[int, ...], str], ...]
+    taken: Ids
+    kept: Ids
+
+    def read(self) -> dict[str, Tensor]:
+        """{name: [k, *shape]}, copied."""
+        segments = self._segments(self.taken)
+        return {name: segments.read(name, self.taken) for name in segments.layout}
+
+    def write(self, rows: Mapping[str, Tensor]) -> None:
+        """Put the new rows {name: [b, *shape]} where the store expects them."""
+        segments = self._segments(self.kept)
+        for name, values in rows.items():
+            segments.write(name, self.kept, values)
+
+    def _segments(self, slots: Ids) -> Segments:
+        found = _opened(self.folder, self.layout)
+        found.reach(slots)
+        return found
+
+
+@lru_cache(maxsize=2)
+def _opened(folder: str, layout: tuple[tuple[str, tuple[int, ...], str], ...]) -> Segments:
+    """Mapped once in a process."""
+    return Segments({name: (shape, getattr(torch, dtype)) for name, shape, dtype in layout}, Path(folder))

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedsim.row_segments import Layout, Segments
+from fedsim.row_segments import Layout, RowsAt, Segments
 from fedsim.types import Bools, Ids
 
 
@@ -82,6 +82,20 @@ class RowStore:
         slots = self._reserved(ids)
         for name, values in rows.items():
             self._segments.write(name, slots, values)
+
+    def at(self, ids: Ids) -> RowsAt | None:
+        """Where another process reads the rows of these clients and stages new ones.
+
+        None where rows are in memory, or none were ever staged, or one of the clients has a staged row.
+        """
+        segments = self._segments
+        if segments is None or segments.folder is None or (self._staged_slot[ids] >= 0).any():
+            return None
+        if len(np.unique(ids)) < len(ids):
+            return None
+        kinds = [(name, tuple(s), str(d).removeprefix("torch.")) for name, (s, d) in segments.layout.items()]
+        held = self.slot_of[ids]
+        return RowsAt(str(segments.folder.absolute()), tuple(kinds), held[held >= 0], self._reserved(ids))
 
     def _reserved(self, ids: Ids) -> Ids:
         """Slots for the new rows of these clients, each named once."""

@@ -13,6 +13,7 @@ from typing import NamedTuple, Protocol
 from torch import Tensor
 
 from fedsim.local import LocalAlgorithm, LocalSpec
+from fedsim.row_segments import RowsAt
 from fedsim.training.answer import Answer, answer
 from fedsim.training.work import ClientFailed, Trainer, Work, Workplace
 from fedsim.transform import UpdateTransform
@@ -41,11 +42,13 @@ class Order(NamedTuple):
     Args:
         work: of C clients.
         known: [C] which of them have states; rows: {name: [k, *shape]} of those k.
+        at: where the states lie instead of in `rows`, and where the new ones go instead of into the answer.
     """
 
     work: Work
     known: Bools
     rows: Mapping[str, Tensor]
+    at: RowsAt | None = None
 
     def carry_out(self, bench: Bench, algorithm: LocalAlgorithm) -> Answer:
         """The answers of the block.
@@ -53,14 +56,14 @@ class Order(NamedTuple):
         Raises:
             ClientFailed: the training of a client raised.
         """
-        return answer(
-            bench.place,
-            bench.trainer,
-            bench.transform,
-            self.work,
-            algorithm,
-            lambda ids: (self.known, self.rows),
+        rows = self.rows if self.at is None else self.at.read()
+        found = answer(
+            bench.place, bench.trainer, bench.transform, self.work, algorithm, lambda ids: (self.known, rows)
         )
+        if self.at is None:
+            return found
+        self.at.write(found.kept)
+        return found._replace(kept={})
 
 
 class Crew(Protocol):
@@ -69,6 +72,11 @@ class Crew(Protocol):
     @property
     def width(self) -> int:
         """Blocks that are computed at once."""
+        ...
+
+    @property
+    def apart(self) -> bool:
+        """Whether blocks are computed by processes of their own."""
         ...
 
     def answers(
@@ -93,6 +101,7 @@ class Alone:
     """This process, block after block."""
 
     width = 1
+    apart = False
 
     def answers(
         self, bench: Bench, spec: LocalSpec, costs: Sequence[float], order: Callable[[int], Order]

@@ -235,7 +235,10 @@ class SimulatedEngine:
             weights = weigh(self._block(part, _untrained(part.steps), {}))
             work = replace(work, weights=weights, norms=self.norms)
         known = self.store.has(work.ids)
-        return Order(work, known, self.store.read(work.ids[known]) if known.any() else {})
+        # Tasks that are announced one by one may be computed long before their answers are staged.
+        at = self.store.at(work.ids) if self.crew.apart and not self.one_by_one else None
+        rows = self.store.read(work.ids[known]) if at is None and known.any() else {}
+        return Order(work, known, rows, at)
 
     def _block(self, part: Chosen, trained: Trained, vectors: Any) -> UpdateBlock:
         """The answers of one block as the federation takes them."""

@@ -77,6 +77,8 @@ class Pool:
         # Also at the end of the program, and where a notebook forgets its simulation.
         self._finalizer = weakref.finalize(self, _end, self._staff)
 
+    apart = True
+
     @property
     def width(self) -> int:
         """Workers."""
@@ -111,6 +113,7 @@ class Pool:
                 yield outcome
                 del outcome  # its slot is free for the next but one
         except GeneratorExit:
+            self._await_rows(call)
             raise
         except BaseException:
             self.close()  # an interrupted message would be taken for the next
@@ -171,6 +174,7 @@ class Pool:
         work = task.order.work
         content = (
             work.ids, work.steps, work.rounds, work.lent, task.order.known, task.order.rows, work.weights,
+            task.order.at,
         )  # fmt: skip
         words: Words = {
             "order": task.ticket,
@@ -183,6 +187,14 @@ class Pool:
             pool_messages.send(worker.process.channel, words | placed, files)
         except OSError:
             log.debug("worker=%d cannot be reached", worker.process.pid)
+
+    def _await_rows(self, call: Call) -> None:
+        """Wait for blocks that nobody asks for any more, but whose rows are still written to files.
+
+        The store gives their slots to others.
+        """
+        while any(t.call is call and t.order.at is not None for seat in self._staff for t in seat.tasks):
+            self._listen()
 
     def _listen(self) -> None:
         """Take in what workers say, or the end of one; look after them where they say nothing."""

@@ -162,11 +162,11 @@ class Desk:
             memory.reach(words["sizes"][str(slot)])
             return unpack(form, memory.lease(), device)
 
-        ids, steps, rounds, lent, known, rows, weights = read(words["slot"], words["work"])
+        ids, steps, rounds, lent, known, rows, weights, at = read(words["slot"], words["work"])
         vectors, scalars, floating, integers = read(words["page"], words["message"])
         message, buffers = Message(vectors, scalars), Buffers(floating, integers)
         work = Work(ids, steps, rounds, spec, message, lent, buffers, words["mixed"], weights, words["norms"])
-        return Order(work, known.astype(bool), rows)
+        return Order(work, known.astype(bool), rows, at)
 
 
 def plain(found: Answer) -> tuple[Any, ...]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from fedsim import row_segments
+from fedsim.errors import EnvironmentProblem
 from fedsim.rows import RowStore
 
 POPULATION = 6
@@ -105,10 +108,12 @@ class Machine(RuleBasedStateMachine):
             assert all(torch.equal(read[name][row], value[0]) for name, value in wanted.items())
 
 
-@pytest.fixture(autouse=True)
-def small_segments(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two rows a segment, so that stores of six clients have several files."""
+@pytest.fixture(autouse=True, params=["mapped", "by calls"])
+def small_segments(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two rows a segment, so that stores of six clients have several files; as small or as large rows."""
     monkeypatch.setattr(row_segments, "SEGMENT_BYTES", 16)
+    if request.param == "by calls":
+        monkeypatch.setattr(row_segments, "_LARGE_ROW", 8)
 
 
 def test_any_sequence_of_operations_and_crashes_matches_a_dict() -> None:
@@ -202,6 +207,72 @@ def test_every_dtype_of_a_state_can_be_kept(dtype: torch.dtype, mapped: bool, tm
     assert read["v"].dtype == dtype
     assert torch.equal(read["v"], given_rows.flip(0))
     assert torch.equal(read["s"], scalars.flip(0))
+
+
+def test_another_process_reads_and_stages_rows_where_they_lie(tmp_path: Path) -> None:
+    store, both = RowStore(POPULATION, tmp_path), np.array([4, 1])
+    assert store.at(both) is None  # nobody knows yet what rows look like
+    store.stage(np.array([1]), values_for([1], 7))
+    assert store.at(both) is None  # one of them has a row aside
+    store.commit(np.array([1]))
+    assert RowStore(POPULATION).at(both) is None
+    assert store.at(np.array([2, 2])) is None
+
+    at = store.at(both)
+    assert at is not None
+    found = at.read()
+    assert all(torch.equal(found[name], rows) for name, rows in values_for([1], 7).items())
+    at.write(values_for([4, 1], 8))
+    assert all(torch.equal(store.read(np.array([1]))[n], r) for n, r in values_for([1], 7).items())
+    assert not store.has(np.array([4])).any()
+    store.commit(np.array([1]))
+    assert all(torch.equal(store.read(np.array([1]))[n], r) for n, r in values_for([1], 8).items())
+    assert not store.has(np.array([4])).any()
+
+    nobody = store.at(np.array([0]))
+    assert nobody is not None
+    assert [len(rows) for rows in nobody.read().values()] == [0, 0]
+    nobody.write(values_for([0], 9))
+    store.discard()
+    assert not store.has(np.array([0])).any()
+    index, layout = store.index(), dict(store.layout)
+    again = RowStore(POPULATION, tmp_path)
+    again.restore(index, layout)
+    assert all(torch.equal(again.read(np.array([1]))[n], r) for n, r in values_for([1], 8).items())
+
+
+def test_large_rows_survive_calls_that_move_a_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(row_segments, "_LARGE_ROW", 8)
+    write, read = os.pwrite, os.preadv
+    monkeypatch.setattr(os, "pwrite", lambda fd, content, at: write(fd, bytes(content[:3]), at))
+    monkeypatch.setattr(os, "preadv", lambda fd, parts, at: read(fd, [parts[0][:5]], at))
+    store, ids = RowStore(POPULATION, tmp_path), np.array([3, 0, 5])
+    store.stage(ids, values_for([3, 0, 5], 4))
+    store.commit(ids)
+    assert all(torch.equal(store.read(ids)[n], r) for n, r in values_for([3, 0, 5], 4).items())
+
+
+def test_a_full_disk_and_a_file_that_is_gone_are_errors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(row_segments, "_LARGE_ROW", 8)
+    store, ids = RowStore(POPULATION, tmp_path), np.array([0])
+    store.stage(ids, values_for([0], 1))
+    store.commit(ids)
+
+    def full(*_: Any) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", full)
+        with pytest.raises(EnvironmentProblem, match="no space left") as caught:
+            store.stage(np.array([1]), values_for([1], 1))
+    assert caught.value.code == "FS-ENV-021"
+    for file in tmp_path.iterdir():
+        os.truncate(file, 3)
+    with pytest.raises(EnvironmentProblem, match="cannot be read") as caught:
+        store.read(ids)
+    assert caught.value.code == "FS-ENV-024"
 
 
 def test_held_vectors_are_those_committed_and_zero_for_everybody_else() -> None:

@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fedsim import row_segments
 from fedsim.buffers import no_buffers
 from fedsim.config import to_dict
 from fedsim.errors import ConfigError
@@ -114,6 +115,51 @@ def test_numbers_do_not_depend_on_the_number_of_workers(hire: Hire, trainer: str
     pool = hire(workers)
     assert_same(seen(small()), seen(small(), pool))
     assert len(pool.pids) == workers
+
+
+@pytest.mark.parametrize("large", [8, 1 << 20], ids=["by calls", "mapped"])
+@pytest.mark.parametrize(("trainer", "workers"), [("loop", 2), ("fused", 2), ("stacked", 3)])
+def test_workers_read_and_write_states_in_the_files_of_the_store(
+    hire: Hire, trainer: str, workers: int, large: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(row_segments, "SEGMENT_BYTES", 1 << 11)
+    monkeypatch.setattr(row_segments, "_LARGE_ROW", large)
+
+    def small(folder: Path | None = None) -> Small:
+        return build(scaffold(), trainer=TRAINERS[trainer], spec=PLAIN, folder=folder)
+
+    filed = small(tmp_path)
+    sent: list[int] = []
+    stage = filed.store.stage
+
+    def staged(ids: Any, rows: Any) -> None:
+        sent.append(len(rows))
+        stage(ids, rows)
+
+    filed.store.stage = staged  # type: ignore[method-assign]
+    assert_same(seen(small()), seen(filed, hire(workers)))
+    assert sent[0] > 0  # before the first rows nobody knows what they look like
+    assert not any(sent[len(sent) // 3 :])  # of three windows
+
+
+def test_rows_of_blocks_that_nobody_asks_for_any_more_are_waited_for(hire: Hire, tmp_path: Path) -> None:
+    """Their places in the files are given to others."""
+    small = build(scaffold(), trainer=TRAINERS["loop"], spec=PLAIN, folder=tmp_path)
+    pool = small.engine.crew = hire(2)
+    assert small.federation.run_window().error is None
+    collect, left = small.engine.collect, []
+
+    def impatient(*args: Any) -> Iterator[Any]:
+        answers = collect(*args)
+        yield next(answers)
+        answers.close()  # type: ignore[attr-defined]
+        left.extend(task for seat in pool._staff for task in seat.tasks)
+        raise KeyError("enough")
+
+    small.engine.collect = impatient  # type: ignore[method-assign]
+    with pytest.raises(KeyError, match="enough"):
+        small.federation.run_window()
+    assert not left
 
 
 class Memories(NamedTuple):

@@ -69,12 +69,14 @@ def model(small: Small, windows: int = 3) -> torch.Tensor:
 SPEC = LocalSpec(steps=2, batch_size=0, lr=0.1)
 
 
+@pytest.mark.parametrize("filed", [False, True], ids=["states in memory", "states in files"])
 @pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize("times", [1, 2])
 def test_a_worker_that_is_killed_is_replaced_and_the_numbers_stay(
-    tmp_path: Path, hire: Any, caplog: pytest.LogCaptureFixture, workers: int, times: int
+    tmp_path: Path, hire: Any, caplog: pytest.LogCaptureFixture, workers: int, times: int, filed: bool
 ) -> None:
-    small = build(scaffold(), spec=SPEC, grad=dying(tmp_path, at=8, times=times))
+    states = tmp_path.with_name(f"{tmp_path.name}-states") if filed else None
+    small = build(scaffold(), spec=SPEC, grad=dying(tmp_path, at=8, times=times), folder=states)
     pool = small.engine.crew = hire(workers)
     assert torch.equal(model(small), model(build(scaffold(), spec=SPEC)))
     assert len(list(tmp_path.iterdir())) == times
