@@ -167,11 +167,12 @@ def _client_held(refresh: Refresh) -> tuple[Local, Broadcast, Lend, Fold]:
     ) -> tuple[Result, ClientState, Mapping[str, Tensor]]:
         delta, c_i = x - msg.x, client_state.control
         if refresh == "delta":
+            # Without a step nothing changes: by factors, since choosing between vectors takes far longer.
             taken = normaliser > 0
-            length = torch.where(taken, normaliser, torch.ones_like(normaliser))
-            new = where(taken, c_i - msg.c - delta / length, c_i)
-        else:
-            new = where(carry.steps > 0, _gathered(carry, refresh), c_i)
+            share = torch.where(taken, 1 / normaliser, torch.zeros_like(normaliser))
+            change = delta * -share - msg.c * taken.to(normaliser.dtype)
+            return Result({"delta": delta, "delta_c": change}), ClientState(c_i + change), {}
+        new = where(carry.steps > 0, _gathered(carry, refresh), c_i)
         return Result({"delta": delta, "delta_c": new - c_i}), ClientState(new), {}
 
     def local(grad_fn: GradFn, spec: LocalSpec) -> LocalAlgorithm:
