@@ -23,7 +23,7 @@ class RowStore:
 
     Args:
         population: N.
-        folder: where the segments are memory-mapped; None keeps them in memory.
+        folder: of the files that hold them; None keeps them in memory.
     """
 
     def __init__(self, population: int, folder: Path | None = None) -> None:

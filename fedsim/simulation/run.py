@@ -58,7 +58,7 @@ class Simulation(FederatedRun):
         transform: on the way of each update.
         observers: called with what a curious server sees.
         grad_fn: wraps the gradient function, (grad_fn) -> grad_fn; DP-SGD goes here.
-        state_folder: where client states are memory-mapped; None keeps them in memory.
+        state_folder: of the files that hold client states; None keeps them in memory.
 
     Raises:
         ConfigError, DataError, ModelError: before anything is trained or written.
@@ -240,7 +240,7 @@ class Simulation(FederatedRun):
         return "custom" if "strategy" in self.python_objects else self.config.strategy.name
 
     def keep_state_in(self, folder: Path) -> None:
-        """Memory-map client states below `folder`; before the first round only."""
+        """Keep client states in files below `folder`; before the first round only."""
         self.states.folder, self.rows.folder = folder / "clients", folder / "server"
 
     def restore(self, run: RunState) -> None:
