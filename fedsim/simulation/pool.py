@@ -193,7 +193,12 @@ class Pool:
 
         The store gives their slots to others.
         """
-        while any(t.call is call and t.order.at is not None for seat in self._staff for t in seat.tasks):
+        while any(
+            task.call is call and task.order.at is not None
+            for seat in self._staff
+            if seat.process is not None  # else nobody writes any more
+            for task in seat.tasks
+        ):
             self._listen()
 
     def _listen(self) -> None:
