@@ -231,8 +231,8 @@ class Runtime:
             self._held, self._phase = None, State.IDLE
         text = line(trouble.text)
         log.warning("run=%s task=%s failed=%s %s", task.run_id, task.task_id.hex(), trouble.code, text)
-        self._folder.release()
         self._folder.unsent.remove(task.task_id)
+        self._folder.release()
         await self._connection.fail(task.task_id, task.attempt, trouble.code, text)
         if trouble.code != "cancelled":
             await self._rest_after_trouble()
@@ -271,7 +271,7 @@ class Runtime:
         except (TaskFailed, Unwanted):
             self._folder.states.drop(unsent.body.run_id, unsent.body.task_id)
             raise
-        # In this order an answer that is written down outlives the note of its task, after a crash too.
+        # Before the answer is forgotten: a note without an answer means that the task is still in training.
         self._folder.release()
         counts = self._folder.settle(unsent.body, reply)
         level = logging.INFO if counts else logging.WARNING

@@ -40,10 +40,10 @@ class ClientLog:
             "steps": block.local_steps,
             "seconds": block.train_seconds,
             "bytes_up": [bytes_up] * len(block),
-            **block.metrics,
         }
         if norms is not None:
             part["norm"] = norms
+        part |= block.metrics
         if staleness is not None:
             part["staleness"] = staleness
         if reasons is not None:
@@ -59,14 +59,14 @@ class ClientLog:
         return [
             (client, reason)
             for part in self.parts
-            for client, reason in zip(_listed(part["client"]), part.get("reason", ()), strict=False)
+            for client, reason in zip(listed(part["client"]), part.get("reason", ()), strict=False)
             if reason is not None
         ]
 
     @property
     def columns(self) -> dict[str, list[Any]]:
         """Equally long columns of plain values, None where a client has no such value."""
-        return {name: _listed(column) for name, column in self.as_held.items()}
+        return {name: listed(column) for name, column in self.as_held.items()}
 
     @property
     def as_held(self) -> dict[str, Column]:
@@ -78,8 +78,9 @@ class ClientLog:
 
 
 def _entries(part: dict[str, Column], name: str) -> list[Any]:
-    return _listed(part[name]) if name in part else [None] * len(part["client"])
+    return listed(part[name]) if name in part else [None] * len(part["client"])
 
 
-def _listed(column: Column) -> list[Any]:
+def listed(column: Column) -> list[Any]:
+    """Plain numbers and words."""
     return column.tolist() if isinstance(column, np.ndarray) else list(column)

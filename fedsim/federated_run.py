@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from fedsim.client_log import Column
+from fedsim.client_log import Column, listed
 from fedsim.config import Config
 from fedsim.data.federated import FederatedData
 from fedsim.errors import RunFailed
@@ -163,12 +163,13 @@ class FederatedRun:
         buffers = self.federation.state.buffers
         due = last or round_index % config.every == 0
         self.client_evaluation = None
-        with own_torch_generator():  # a model may draw here too
-            if config.central and due:
+        # A model may draw here too.
+        if config.central and due:
+            with own_torch_generator():
                 record |= self.evaluator.central(self.federation.model, buffers)
-            if clients_due(config.clients, round_index, last=last):
+        if clients_due(config.clients, round_index, last=last):
+            with own_torch_generator():
                 self.client_evaluation = self.evaluate_clients()
-        if self.client_evaluation is not None:
             accuracy = self.client_evaluation["accuracy"]
             if np.isfinite(accuracy).any() and self.data.dataset.task != "regression":
                 record |= fairness(accuracy[np.isfinite(accuracy)])
@@ -183,13 +184,19 @@ class FederatedRun:
         return algorithm
 
     @property
-    def last_clients(self) -> dict[str, Column] | None:
+    def last_lines(self) -> dict[str, Column] | None:
         """Columns of ``clients.jsonl`` for the last round."""
         if self.last_outcome is None:
             return None
         columns = self.last_outcome.clients.as_held
         count = len(columns.get("client", []))
         return {"round": [self.last_outcome.record["round"]] * count, **columns}
+
+    @property
+    def last_clients(self) -> dict[str, list[Any]] | None:
+        """The same as plain values."""
+        lines = self.last_lines
+        return None if lines is None else {name: listed(column) for name, column in lines.items()}
 
     def model_tensors(self, *, copy: bool = True) -> dict[str, Tensor]:
         """The global model under the module's own names, loadable with ``load_state_dict``.

@@ -115,7 +115,7 @@ def generator(seed: int, purpose: Purpose, round_index: int, client: int = 0) ->
     return np.random.Generator(np.random.Philox(int(key)))
 
 
-_HELD = threading.RLock()
+_HELD = threading.RLock()  # of the process, as the generator that it guards
 
 
 @contextmanager

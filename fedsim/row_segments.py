@@ -1,9 +1,9 @@
 """The memory of rows: slots of named rows in segments of one size, in memory or in files.
 
-Small rows of files are mapped. Large ones are read and written by calls: a new page costs a mapping three to
-five times as much, and a full disk is an error there instead of the end of the process. Whoever knows folder
-and layout can open the same files in another process: a worker reads the states of its clients there and
-writes what they keep. Which slot belongs to whom is the store's business (`fedsim.rows`).
+Small rows of files are mapped. Large ones are read and written by calls: a mapping asks for each new page by
+itself (docs/performance.md, SCAFFOLD), and ends the process where the disk is full. Whoever knows folder and
+layout can open the same files in another process: a worker reads the states of its clients there and writes
+what they keep. Which slot belongs to whom is the store's business (`fedsim.rows`).
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ from fedsim.types import Ids
 SEGMENT_BYTES = 16 << 20
 _LARGE_ROW = 64 << 10  # bytes from which rows are moved one by one: no gathered copy in between
 
+_SHORT = "the file is shorter than it was"
+
 Layout = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 """Shape and dtype of each named row."""
 
@@ -35,11 +37,13 @@ class Segments:
 
     Args:
         layout: of the rows.
-        folder: of the files; None keeps rows in memory.
+        folder: of the files, wherever the process goes later; None keeps rows in memory.
+        owned: whether a file that is not there is made; else it is an error.
     """
 
-    def __init__(self, layout: Layout, folder: Path | None) -> None:
-        self.layout, self.folder = dict(layout), folder
+    def __init__(self, layout: Layout, folder: Path | None, *, owned: bool = True) -> None:
+        self.layout, self.owned = dict(layout), owned
+        self.folder = None if folder is None else folder.absolute()
         row_bytes = max(math.prod(shape) * dtype.itemsize for shape, dtype in layout.values())
         self.per_segment = max(1, SEGMENT_BYTES // max(1, row_bytes))
         self._large = self.per_segment <= SEGMENT_BYTES // _LARGE_ROW
@@ -52,17 +56,24 @@ class Segments:
         return self._count * self.per_segment
 
     def grow(self) -> None:
-        """A further segment: a new one, or one whose files are there."""
+        """A further segment: a new one, or one whose files are there.
+
+        Raises:
+            EnvironmentProblem: FS-ENV-024, a file that should be there is not.
+        """
         for name, (shape, dtype) in self.layout.items():
             full = (self.per_segment, *shape)
             if self.folder is None:
                 self._held[name].append(torch.zeros(full, dtype=dtype))
                 continue
-            self.folder.mkdir(parents=True, exist_ok=True)
+            if self.owned:
+                self.folder.mkdir(parents=True, exist_ok=True)
             if not self._large:
+                path, size = self._path(name, self._count), math.prod(full)
+                if not self.owned:
+                    _look(path, size * dtype.itemsize)  # a mapping would make a file of zeros
                 # torch maps every dtype that a state may have, NumPy knows no bfloat16.
-                path, size = str(self._path(name, self._count)), math.prod(full)
-                mapped = torch.from_file(path, shared=True, size=size, dtype=dtype)
+                mapped = torch.from_file(str(path), shared=True, size=size, dtype=dtype)
                 self._held[name].append(mapped.reshape(full))
         self._count += 1
 
@@ -139,6 +150,14 @@ class Segments:
         return self.folder / f"{name}-{number:05d}.rows"
 
 
+def _look(path: Path, size: int) -> None:
+    try:
+        if path.stat().st_size < size:
+            raise OSError(errno.EIO, _SHORT)
+    except OSError as error:
+        raise unreadable(error, path) from error
+
+
 def _write(path: Path, content: memoryview, offset: int) -> None:
     try:
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
@@ -159,7 +178,7 @@ def _read(path: Path, into: memoryview, offset: int) -> None:
             while into:
                 read = os.preadv(handle, [into], offset)
                 if not read:
-                    raise OSError(errno.EIO, "the file is shorter than it was")
+                    raise OSError(errno.EIO, _SHORT)
                 into, offset = into[read:], offset + read
         finally:
             os.close(handle)
@@ -201,5 +220,6 @@ class RowsAt(NamedTuple):
 
 @lru_cache(maxsize=2)
 def _opened(folder: str, layout: tuple[tuple[str, tuple[int, ...], str], ...]) -> Segments:
-    """Mapped once in a process."""
-    return Segments({name: (shape, getattr(torch, dtype)) for name, shape, dtype in layout}, Path(folder))
+    """The segments there, the same object while this process asks for no third folder."""
+    names = {name: (shape, getattr(torch, dtype)) for name, shape, dtype in layout}
+    return Segments(names, Path(folder), owned=False)

@@ -95,7 +95,7 @@ class RowStore:
             return None
         kinds = [(name, tuple(s), str(d).removeprefix("torch.")) for name, (s, d) in segments.layout.items()]
         held = self.slot_of[ids]
-        return RowsAt(str(segments.folder.absolute()), tuple(kinds), held[held >= 0], self._reserved(ids))
+        return RowsAt(str(segments.folder), tuple(kinds), held[held >= 0], self._reserved(ids))
 
     def _reserved(self, ids: Ids) -> Ids:
         """Slots for the new rows of these clients, each named once."""

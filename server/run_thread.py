@@ -348,8 +348,8 @@ class RunThread(threading.Thread):
         reached("before_lines")
         folder.append_record(record)
         self._moved = self._moved[0] + record["bytes_down"], self._moved[1] + record["bytes_up"]
-        if run.config.output.clients and run.last_clients is not None:
-            folder.append_clients(run.last_clients)
+        if run.config.output.clients and (lines := run.last_lines) is not None:
+            folder.append_clients(lines)
         every = run.config.deployment.checkpoint_every
         due = run.synchronous or outcome != "running" or self.ending is not None
         if due or record["round"] == 0 or run.federation.state.version % every == 0:

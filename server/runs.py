@@ -201,19 +201,13 @@ class Runs:
             ConfigError: the configuration cannot be run; FS-SRV-052, the key belongs to another run.
         """
         content = hashlib.sha256("\0".join((config_toml, name, nodes)).encode()).digest()
+        known = self._known(run_key, content)
+        # Data and model may take seconds, in which other runs go on.
+        run = None if known else ServerRun(_config_of(config_toml))
         with self._door:
-            known = self._table.by_key(run_key) if run_key else None
-            if known is not None:
-                if known.content_digest != content:
-                    raise ConfigError(
-                        "this run key belongs to another run",
-                        code="FS-SRV-052",
-                        where=f"run key {run_key!r}",
-                        why=f"run {known.run_id} was submitted under it with another configuration",
-                        hint="submit under another key",
-                    )
-                return self.get(known.run_id)
-            run = ServerRun(_config_of(config_toml))
+            known = known or self._known(run_key, content)
+            if known or run is None:
+                return self.get(known)
             run_id = secrets.token_hex(6)
             title = name or run.config.run.name or f"{run.config.strategy.name}-{run.data.dataset.name}"
             folder = RunFolder.create(
@@ -231,6 +225,21 @@ class Runs:
             self.database.writer.run(lambda connection: connection.execute(insert(runs), row).rowcount)
             self._start(run, run_id, title, nodes, folder)
         return self.get(run_id)
+
+    def _known(self, run_key: str, content: bytes) -> str:
+        """The run that was submitted under this key, "" for none."""
+        known = self._table.by_key(run_key) if run_key else None
+        if known is None:
+            return ""
+        if known.content_digest != content:
+            raise ConfigError(
+                "this run key belongs to another run",
+                code="FS-SRV-052",
+                where=f"run key {run_key!r}",
+                why=f"run {known.run_id} was submitted under it with another configuration",
+                hint="submit under another key",
+            )
+        return str(known.run_id)
 
     def list(self) -> Sequence[pb.Run]:
         """All runs, oldest first."""

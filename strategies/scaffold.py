@@ -167,7 +167,7 @@ def _client_held(refresh: Refresh) -> tuple[Local, Broadcast, Lend, Fold]:
     ) -> tuple[Result, ClientState, Mapping[str, Tensor]]:
         delta, c_i = x - msg.x, client_state.control
         if refresh == "delta":
-            # Without a step nothing changes: by factors, since choosing between vectors takes far longer.
+            # Without a step nothing changes: by factors, which take a third of a choice between vectors.
             taken = normaliser > 0
             share = torch.where(taken, 1 / normaliser, torch.zeros_like(normaliser))
             change = delta * -share - msg.c * taken.to(normaliser.dtype)

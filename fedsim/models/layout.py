@@ -7,6 +7,8 @@ import copy
 import torch
 from torch import Tensor, nn
 
+from fedsim.keys import own_torch_generator
+
 
 def lay_out(module: nn.Module, order: torch.memory_format) -> None:
     """Put the weights of convolutions into this order of bytes."""
@@ -28,7 +30,7 @@ def takes_channels_last(module: nn.Module, images: Tensor) -> bool:
     trial = copy.deepcopy(module).eval()
     lay_out(trial, torch.channels_last)
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), own_torch_generator():
             trial(images.contiguous(memory_format=torch.channels_last))
     except RuntimeError:
         return False

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from fedsim.flat import ParamSpec
+from fedsim.keys import own_torch_generator
 
 _aten = torch.ops.aten
 
@@ -104,7 +105,7 @@ def forward(layers: Layers, parameters: dict[str, Tensor], inputs: Tensor) -> Te
 def differs(module: nn.Module, layers: Layers, inputs: Tensor) -> str | None:
     """Whether the model says something else than its layers on these examples, in words."""
     parameters = {name: p.detach() for name, p in module.named_parameters()}
-    with torch.no_grad():
+    with torch.no_grad(), own_torch_generator():
         try:
             expected: object = functional_call(module, parameters, (inputs,))
             found = forward(layers, parameters, inputs)

@@ -175,7 +175,9 @@ class MovingLayer:
         shared = self.weight.shared
         if shared is not None:
             flat, whole = inputs.reshape(k * rows, -1), out.view(k * rows, -1)
-            outputs(flat, shared, None if self.bias is None else self.bias.shared, whole)
+            bias = None if self.bias is None else self.bias.shared
+            assert self.bias is None or bias is not None
+            outputs(flat, shared, bias, whole)
             return out
         weight = self.weight.values[:k].transpose(1, 2)
         if self.bias is None:

@@ -41,6 +41,7 @@ class BlockSum:
         self.total = torch.zeros(spec.size, dtype=torch.float64, device=device)
         self.norms = norms
         self.squares = torch.zeros(len(weights), dtype=torch.float64, device=device)  # of the norms
+        self.largest = torch.zeros((), dtype=torch.float64, device=device)  # no update has larger entries
 
     def add_product(self, layer: Dense, moves: Tensor, inputs: Tensor, owners: Tensor) -> None:
         """Σ w movesᵀ inputs of a layer's weights, and of its bias.
@@ -50,6 +51,10 @@ class BlockSum:
         """
         weighted = moves * self.shares[owners].unsqueeze(1)
         self._part(layer.weight).add_(sum_over_rows(weighted, inputs).view(-1), alpha=self.scale)
+        if not self.norms:
+            # Of a bias the input is 1.
+            most = _largest(inputs).clamp_min(1.0) * _largest(moves) * len(moves)
+            self.largest = torch.maximum(self.largest, most)
         if layer.bias:
             self._part(layer.bias).add_(weighted.sum(0).double(), alpha=self.scale)
 
@@ -67,11 +72,12 @@ class BlockSum:
 
     def result(self) -> Summed | None:
         """None where something is not finite: then it must be seen whose update that is."""
-        # What is not finite in one update is not finite in the sum either, by whatever weight.
         if not bool(torch.isfinite(self.total).all()):
             return None
         if not self.norms:
-            return Summed(self.given, self.total, None)
+            # By a small weight an update may stay in the range that it leaves by itself.
+            inside = bool(self.largest < torch.finfo(self.shares.dtype).max / 4)
+            return Summed(self.given, self.total, None) if inside else None
         # Of a difference of large squares, rounding may leave a little less than nothing.
         norms = self.squares.clamp_min(0.0).sqrt()
         return (
@@ -80,6 +86,12 @@ class BlockSum:
 
     def _part(self, name: str) -> Tensor:
         return self.total[self.slices[name]]
+
+
+def _largest(values: Tensor) -> Tensor:
+    """0-d float64."""
+    found: Tensor = torch.linalg.vector_norm(values, torch.inf)
+    return found.double()
 
 
 def pays(layer: Dense, rows: int) -> bool:

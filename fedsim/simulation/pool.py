@@ -59,6 +59,8 @@ class Pool:
         patience: seconds after which it is said that a worker takes long.
     """
 
+    apart = True
+
     def __init__(
         self,
         workers: int,
@@ -76,8 +78,6 @@ class Pool:
         self._tickets = 0
         # Also at the end of the program, and where a notebook forgets its simulation.
         self._finalizer = weakref.finalize(self, _end, self._staff)
-
-    apart = True
 
     @property
     def width(self) -> int:
@@ -113,7 +113,8 @@ class Pool:
                 yield outcome
                 del outcome  # its slot is free for the next but one
         except GeneratorExit:
-            self._await_rows(call)
+            if self._writes_rows(call):
+                self.close()
             raise
         except BaseException:
             self.close()  # an interrupted message would be taken for the next
@@ -188,18 +189,9 @@ class Pool:
         except OSError:
             log.debug("worker=%d cannot be reached", worker.process.pid)
 
-    def _await_rows(self, call: Call) -> None:
-        """Wait for blocks that nobody asks for any more, but whose rows are still written to files.
-
-        The store gives their slots to others.
-        """
-        while any(
-            task.call is call and task.order.at is not None
-            for seat in self._staff
-            if seat.process is not None  # else nobody writes any more
-            for task in seat.tasks
-        ):
-            self._listen()
+    def _writes_rows(self, call: Call) -> bool:
+        """Whether a worker still writes states of its clients, into places that the store gives to others."""
+        return any(t.call is call and t.order.at is not None for seat in self._staff for t in seat.tasks)
 
     def _listen(self) -> None:
         """Take in what workers say, or the end of one; look after them where they say nothing."""

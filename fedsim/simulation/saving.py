@@ -1,6 +1,6 @@
 """Checkpoints of a simulation: one safetensors file for the run, an index for each row store.
 
-An asynchronous run also saves the tasks in flight. The rows themselves stay in their memory-mapped
+An asynchronous run also saves the tasks in flight. The rows themselves stay in the files of their
 segments; a slot that a checkpoint names is not overwritten before the next checkpoint is on disk.
 """
 

@@ -117,8 +117,8 @@ def _rounds(
     try:
         for record in sim:
             folder.append_record(record)
-            if sim.config.output.clients and sim.last_clients is not None:
-                folder.append_clients(sim.last_clients)
+            if sim.config.output.clients and (lines := sim.last_lines) is not None:
+                folder.append_clients(lines)
             if progress.improved(record, sim.evaluator.names):
                 folder.save_model(sim.model_tensors(copy=False), "best")
             log.info(line_of(record))

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from fedsim.config import Config, config_from
 from fedsim.errors import ModelError
+from fedsim.keys import own_torch_generator
 from fedsim.simulation.run import Simulation
 
 _BLOCKS = {"fused": (5, 10, 25, 100, 1024), "stacked": (4, 16, 64, 256, 1024)}
@@ -88,7 +89,8 @@ def measure(
             for setting, sim, seconds in running:
                 _use(setting.threads)
                 began = time.perf_counter()
-                sim.federation.run_window()
+                with own_torch_generator():
+                    sim.federation.run_window()
                 if number:
                     seconds.append(time.perf_counter() - began)
     finally:

@@ -241,6 +241,40 @@ def test_another_process_reads_and_stages_rows_where_they_lie(tmp_path: Path) ->
     assert all(torch.equal(again.read(np.array([1]))[n], r) for n, r in values_for([1], 8).items())
 
 
+def test_rows_stay_where_they_are_when_the_process_goes_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    store, ids = RowStore(POPULATION, Path("states")), np.array([0, 1, 2])
+    store.stage(ids[:1], values_for([0], 1))
+    store.commit(ids[:1])
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    at = store.at(ids)
+    assert at is not None
+    assert all(torch.equal(at.read()[n], r) for n, r in values_for([0], 1).items())
+    at.write(values_for([0, 1, 2], 2))
+    store.commit(ids)
+    assert all(torch.equal(store.read(ids)[n], r) for n, r in values_for([0, 1, 2], 2).items())
+    assert not list((tmp_path / "elsewhere").iterdir())
+
+
+def test_a_folder_that_is_gone_is_an_error_and_no_rows_of_zeros(tmp_path: Path) -> None:
+    store, ids = RowStore(POPULATION, tmp_path / "before"), np.array([0])
+    store.stage(ids, values_for([0], 1))
+    store.commit(ids)
+    at = store.at(ids)
+    assert at is not None
+    (tmp_path / "before").rename(tmp_path / "after")
+    row_segments._opened.cache_clear()
+    with pytest.raises(EnvironmentProblem) as caught:
+        at.read()
+    assert caught.value.code == "FS-ENV-024"
+    with pytest.raises(EnvironmentProblem):
+        at.write(values_for([0], 2))
+    assert not (tmp_path / "before").exists()
+
+
 def test_large_rows_survive_calls_that_move_a_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(row_segments, "_LARGE_ROW", 8)
     write, read = os.pwrite, os.preadv

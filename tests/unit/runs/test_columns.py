@@ -60,6 +60,12 @@ def test_arrays_are_columns_too() -> None:
     assert encode_columns(columns, CLIENT_KEYS) == one_by_one(columns)
 
 
+def test_columns_of_several_numbers_each_go_the_long_way() -> None:
+    for numbers in (np.arange(6).reshape(3, 2), np.ones((3, 2)), np.full((3, 1), 4)):
+        columns = {"client": np.arange(3), "several": numbers, "norm": np.array([0.5, 1e-5, 3.0])}
+        assert encode_columns(columns, CLIENT_KEYS) == one_by_one(columns)
+
+
 def test_a_usual_round_makes_no_record(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any) -> bytes:
         raise AssertionError("a record was made")

@@ -142,26 +142,6 @@ def test_workers_read_and_write_states_in_the_files_of_the_store(
     assert not any(sent[len(sent) // 3 :])  # of three windows
 
 
-def test_rows_of_blocks_that_nobody_asks_for_any_more_are_waited_for(hire: Hire, tmp_path: Path) -> None:
-    """Their places in the files are given to others."""
-    small = build(scaffold(), trainer=TRAINERS["loop"], spec=PLAIN, folder=tmp_path)
-    pool = small.engine.crew = hire(2)
-    assert small.federation.run_window().error is None
-    collect, left = small.engine.collect, []
-
-    def impatient(*args: Any) -> Iterator[Any]:
-        answers = collect(*args)
-        yield next(answers)
-        answers.close()  # type: ignore[attr-defined]
-        left.extend(task for seat in pool._staff for task in seat.tasks)
-        raise KeyError("enough")
-
-    small.engine.collect = impatient  # type: ignore[method-assign]
-    with pytest.raises(KeyError, match="enough"):
-        small.federation.run_window()
-    assert not left
-
-
 class Memories(NamedTuple):
     """State of a transform."""
 

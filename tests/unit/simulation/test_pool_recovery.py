@@ -237,3 +237,30 @@ def test_ctrl_c_ends_a_run_with_workers_after_its_round_and_leaves_none(tmp_path
     assert "FS-INT-001" in said
     assert "Traceback" not in said
     assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
+
+
+def test_nobody_writes_rows_that_are_not_asked_for_any_more(
+    hire: Callable[..., Pool], tmp_path: Path
+) -> None:
+    """Their places in the files are given to others; an interrupt does not wait for the blocks either."""
+    small = build(scaffold(), spec=SPEC, folder=tmp_path)
+    pool = small.engine.crew = hire(2)
+    assert small.federation.run_window().error is None
+    collect, left, ended = small.engine.collect, [], []
+
+    def impatient(*args: Any) -> Iterator[Any]:
+        answers = collect(*args)
+        yield next(answers)
+        answers.close()  # type: ignore[attr-defined]
+        left.extend(task for seat in pool._staff for task in seat.tasks)
+        ended.extend(pool.pids)
+        raise KeyError("enough")
+
+    small.engine.collect = impatient  # type: ignore[method-assign]
+    with pytest.raises(KeyError, match="enough"):
+        small.federation.run_window()
+    assert not left
+    assert not ended
+    small.engine.collect = collect  # type: ignore[method-assign]
+    small.engine.cancel()
+    assert small.federation.run_window().error is None

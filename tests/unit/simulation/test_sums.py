@@ -13,10 +13,13 @@ from torch import nn
 
 from fedsim import Simulation
 from fedsim.errors import RegistryError
+from fedsim.flat import spec_of
 from fedsim.local import LocalSpec
 from fedsim.server_ema import with_server_ema
 from fedsim.simulation import fused_products, onednn
 from fedsim.simulation.fused import FusedTrainer
+from fedsim.simulation.fused_layers import Dense
+from fedsim.simulation.fused_sums import BlockSum, squared_norms
 from fedsim.simulation.stacked import StackedTrainer
 from fedsim.strategy import Strategy, fold_deltas, make_strategy
 from fedsim.training.work import Trainer, Workplace, by_work
@@ -216,6 +219,22 @@ def test_who_is_not_finite_is_refused_where_nobody_asks_for_norms() -> None:
     assert first.record["refused"] == second.record["refused"] > 0
     assert sorted(first.clients.troubles) == sorted(second.clients.troubles)
     assert torch.equal(one.federation.model, other.federation.model)
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.1])
+@pytest.mark.parametrize("norms", [True, False])
+def test_an_update_out_of_range_is_looked_at_also_by_a_small_weight(weight: float, norms: bool) -> None:
+    """Its share of the sum would fit into float32, the update itself does not."""
+    module = nn.Sequential(nn.Linear(1, 1))
+    spec = spec_of(module)
+    owners = torch.tensor([0, 1])
+    sums = BlockSum(spec, np.array([0.9, weight]), torch.device("cpu"), norms=norms)
+    layer = Dense("0.weight", "0.bias", 1, 1, ())
+    moves, inputs = torch.tensor([[1.0], [3e38]]), torch.tensor([[1.0], [2.0]])
+    sums.add_product(layer, moves, inputs, owners)
+    if norms:
+        sums.squares += squared_norms(moves.view(2, 1, 1), inputs.view(2, 1, 1), bias=True)
+    assert sums.result() is None
 
 
 def test_a_client_without_weight_is_refused_and_the_others_count() -> None:
