@@ -52,8 +52,9 @@ class BlockSum:
         weighted = moves * self.shares[owners].unsqueeze(1)
         self._part(layer.weight).add_(sum_over_rows(weighted, inputs).view(-1), alpha=self.scale)
         if not self.norms:
-            # Of a bias the input is 1.
-            most = _largest(inputs).clamp_min(1.0) * _largest(moves) * len(moves)
+            # |dᵀ x| <= ‖d‖ ‖x‖, and of a bias the input is 1.
+            length = torch.linalg.vector_norm(inputs).double().square() + len(inputs)
+            most = torch.linalg.vector_norm(moves).double() * length.sqrt()
             self.largest = torch.maximum(self.largest, most)
         if layer.bias:
             self._part(layer.bias).add_(weighted.sum(0).double(), alpha=self.scale)
@@ -86,12 +87,6 @@ class BlockSum:
 
     def _part(self, name: str) -> Tensor:
         return self.total[self.slices[name]]
-
-
-def _largest(values: Tensor) -> Tensor:
-    """0-d float64."""
-    found: Tensor = torch.linalg.vector_norm(values, torch.inf)
-    return found.double()
 
 
 def pays(layer: Dense, rows: int) -> bool:
