@@ -70,11 +70,10 @@ def image(mean: Sequence[float], std: Sequence[float], *, crop: int = 0, flip: b
 
 def normalise(inputs: Tensor, *, scale: Tensor, shift: Tensor) -> Tensor:
     """[..., ch, h, w] float: ``inputs * scale + shift``, `scale` and `shift` of shape [ch, 1, 1]."""
-    scale, shift = scale.to(inputs.device), shift.to(inputs.device)
-    if inputs.is_floating_point():
-        return (inputs * scale).add_(shift)  # a new tensor, so that adding in place is safe
     # Bytes times float numbers take 5.6 ms for 500 images of CIFAR-10, float numbers alone 0.2.
-    return (inputs.to(scale.dtype) * scale).add_(shift)
+    values = inputs if inputs.is_floating_point() else inputs.to(scale.dtype)
+    # The product makes a new tensor, so that adding in place is safe.
+    return (values * scale.to(inputs.device)).add_(shift.to(inputs.device))
 
 
 def crop_and_flip(inputs: Tensor, keys: Tensor, *, crop: int, flip: bool) -> Tensor:
