@@ -65,7 +65,8 @@ class Upload:
         self._blocks = blocks
         self._max_strikes = max_strikes
         self._ended = ended
-        self._door = threading.RLock()
+        self.door = threading.RLock()
+        """Held by each method, and by `Uploads.start` from the first moment to the open file."""
         self._fenced = False
         self._open: BlockFile | None = None
         self._broken = False
@@ -96,7 +97,7 @@ class Upload:
             UploadRefused: overtaken meanwhile.
             LedgerProblem: the file cannot be opened.
         """
-        with self._door:
+        with self.door:
             self._row = row
             if self._fenced:
                 raise overtaken()
@@ -139,7 +140,7 @@ class Upload:
                 overlaps, or one beyond the size; FAILED_PRECONDITION with the right offset for a gap;
                 RESOURCE_EXHAUSTED for a full disk. Broken chunks count as strikes.
         """
-        with self._door:
+        with self.door:
             self._check_open()
             end = offset + len(data)
             if not data:
@@ -173,7 +174,7 @@ class Upload:
         Raises:
             UploadRefused: overtaken, or the disk or the database does not take it.
         """
-        with self._door:
+        with self.door:
             self._check_open()
             if self._received > self._row.offset:
                 self._sync_file()
@@ -187,7 +188,7 @@ class Upload:
             UploadRefused: FAILED_PRECONDITION with the right offset where bytes are missing; DATA_LOSS
                 where the digest is another one: then the upload begins again at 0.
         """
-        with self._door:
+        with self.door:
             if self._row.complete:
                 return Object(self._row.digest, self._row.size)
             self._check_open()
@@ -217,7 +218,7 @@ class Upload:
 
     def close(self) -> None:
         """Give the file up and keep what arrived; again is no mistake."""
-        with self._door:
+        with self.door:
             if self._open is not None:
                 with suppress(UploadRefused):
                     if self._received > self._row.offset:

@@ -115,21 +115,22 @@ class Uploads:
             max_strikes=self._max_strikes,
             ended=lambda ended: self._forget(key, ended),
         )
-        with self._door:
-            older = self._live.get(key)
-            if older is not None and older.generation > asked.generation:
-                raise overtaken()
-            self._live[key] = upload
-        try:
-            if older is not None:
-                older.fence()  # it records what arrived, so that this one goes on there
-            upload.open(self._rows.claim(asked, self._check_room, self._drop))
-        except LedgerProblem as error:
-            self._forget(key, upload)
-            raise from_ledger(error) from error
-        except BaseException:
-            self._forget(key, upload)
-            raise
+        with upload.door:  # whoever fences this stream waits until those before it have left the file
+            with self._door:
+                older = self._live.get(key)
+                if older is not None and older.generation > asked.generation:
+                    raise overtaken()
+                self._live[key] = upload
+            try:
+                if older is not None:
+                    older.fence()  # it records what arrived, so that this one goes on there
+                upload.open(self._rows.claim(asked, self._check_room, self._drop))
+            except LedgerProblem as error:
+                self._forget(key, upload)
+                raise from_ledger(error) from error
+            except BaseException:
+                self._forget(key, upload)
+                raise
         return upload
 
     def status(self, node_id: str, upload_id: bytes) -> Status | None:

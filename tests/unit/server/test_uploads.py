@@ -7,6 +7,7 @@ import os
 import shutil
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,11 @@ import pytest
 from grpc import StatusCode
 
 from fedsim.server import upload_stream
+from fedsim.server.block_file import BlockFile
 from fedsim.server.ledger_errors import StorageFull
+from fedsim.server.objects import Objects
 from fedsim.server.upload_rows import Row
+from fedsim.server.upload_stream import Upload
 from fedsim.server.uploads import UploadRefused
 from tests.state_folders import CONTENT, NODE, OTHER, Server, refused, send
 
@@ -257,6 +261,51 @@ def test_a_row_that_a_newer_stream_took_over_is_not_changed_by_the_older(
     assert refused(old.sync).status is StatusCode.FAILED_PRECONDITION
     assert server.status() == (0, False, 2)
     new.close()
+
+
+@pytest.mark.parametrize("busy", ["chunk", "finish"])
+def test_a_stream_begins_when_all_older_ones_have_left_the_file(
+    server: Server, monkeypatch: pytest.MonkeyPatch, busy: str
+) -> None:
+    """The second waits for the first, the third comes meanwhile: two writers would mix their bytes."""
+    inside, go_on = threading.Event(), threading.Event()
+    step, owner = ("append", BlockFile) if busy == "chunk" else ("adopt", Objects)
+    plain = getattr(owner, step)
+
+    def held(*values: Any) -> Any:
+        if not inside.is_set():
+            inside.set()
+            assert go_on.wait(20)
+        return plain(*values)
+
+    fenced = {1: threading.Event(), 2: threading.Event()}
+    fence = Upload.fence
+
+    def told(upload: Upload) -> None:
+        fenced[upload.generation].set()
+        fence(upload)
+
+    first = server.start(generation=1)
+    if busy == "finish":
+        send(first, 0, 1000)
+    monkeypatch.setattr(owner, step, held)
+    monkeypatch.setattr(Upload, "fence", told)
+    with ThreadPoolExecutor() as threads:
+        kept = threads.submit(first.finish if busy == "finish" else lambda: send(first, 0, 400))
+        assert inside.wait(20)
+        second = threads.submit(server.start, generation=2)
+        assert fenced[1].wait(20)
+        third = threads.submit(server.start, generation=3)
+        assert fenced[2].wait(20)
+        with pytest.raises(TimeoutError):
+            third.result(0.2)
+        go_on.set()
+        kept.result(20)
+        assert refused(lambda: second.result(20)).status is StatusCode.FAILED_PRECONDITION
+        last = third.result(20)
+    assert last.offset == (1000 if busy == "finish" else 400)
+    send(last, last.offset, 1000) if last.offset < 1000 else None
+    assert server.objects.read(last.finish().digest) == CONTENT
 
 
 def test_many_streams_of_one_upload_leave_one_winner(server: Server) -> None:
