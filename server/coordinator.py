@@ -32,6 +32,7 @@ from fedsim.server.fleet_parts import FleetParts
 from fedsim.server.frames import add_fleet
 from fedsim.server.health import DRAINING, OPENING, STORAGE, Health
 from fedsim.server.http import HttpServer, read_token
+from fedsim.server.leases import standstill
 from fedsim.server.logs import start_logging, stop_logging
 from fedsim.server.server_run import ServerRun
 from fedsim.server.services import Services
@@ -47,14 +48,12 @@ GRACE_SECONDS = 30.0
 """So long transfers and submissions may go on after the first signal."""
 AT_ONCE = 130
 _LOOK_SECONDS = 1.0
-# A loop that was away for longer than this could hear nobody.
-_GAP_SECONDS = 5.0
 _STORAGE_SECONDS = 5.0
 _COUNT_SECONDS = 15.0
 _GARBAGE_SECONDS = 3_600.0
 # Health checks and operators come on top of the calls that the services count themselves.
 _SPARE_CALLS = 512
-_QUIET_LOOKS, _QUIET_SECONDS = 3, 0.1
+_QUIET_LOOKS, _QUIET_SECONDS = 10, 0.1
 
 log = logging.getLogger(__name__)
 
@@ -226,7 +225,7 @@ class Coordinator:
                 telemetry=self._telemetry,
                 server_id=state.key.public,
                 work=self._operators,
-                online=lambda: fleet.presence.online,
+                online=lambda: fleet.presence.told,
                 drain=self.drain,
                 revoked=fleet.forget,
                 incarnation=state.incarnation,
@@ -271,10 +270,12 @@ class Coordinator:
 
     async def _look_after(self) -> None:
         """Leases and nodes whose time is over."""
+        leases = self.settings.leases
+        gap = standstill(leases.seconds, leases.heartbeat_seconds, look_seconds=_LOOK_SECONDS)
         while True:
             await asyncio.sleep(_LOOK_SECONDS)
             try:
-                self._fleet.look_after(_GAP_SECONDS)
+                self._fleet.look_after(gap)
             except Exception:
                 log.exception("leases could not be looked after; tried again in %g s", _LOOK_SECONDS)
 

@@ -14,9 +14,26 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
+from fedsim.server.presence import HEARTBEATS
+
 if TYPE_CHECKING:
     from fedsim.pb.federation_pb2 import Progress
     from fedsim.server.board import OpenTask
+
+
+_STANDSTILL_SECONDS = 5.0
+
+
+def standstill(seconds: float, heartbeat_seconds: float, *, look_seconds: float) -> float:
+    """Seconds between two looks at leases and nodes, from which on this process could hear nobody.
+
+    Args:
+        seconds: of a lease; heartbeat_seconds: how often a node is heard of.
+        look_seconds: between two looks as a rule.
+    """
+    # Half of what a node may be silent for: the other half is its own.
+    most = min(seconds, HEARTBEATS * heartbeat_seconds) / 2
+    return max(1.5 * look_seconds, min(_STANDSTILL_SECONDS, most))
 
 
 class Held(NamedTuple):

@@ -26,6 +26,7 @@ class Presence:
         self._tell = tell
         self._loop = asyncio.get_running_loop()
         self._heard: dict[str, float] = {}
+        self._told: frozenset[str] = frozenset()
         self._timer: asyncio.TimerHandle | None = None
 
     def __len__(self) -> int:
@@ -38,6 +39,11 @@ class Presence:
     def online(self) -> frozenset[str]:
         """The nodes that are online."""
         return frozenset(self._heard)
+
+    @property
+    def told(self) -> frozenset[str]:
+        """Those of which the runs know: a run that begins now has them."""
+        return self._told
 
     def heard(self, node_id: str) -> None:
         """A call of this node arrived."""
@@ -82,4 +88,6 @@ class Presence:
 
     def _flush(self) -> None:
         self._timer = None
-        self._tell(self.online)
+        online = self.online
+        self._tell(online)
+        self._told = online

@@ -22,6 +22,8 @@ FOR_GOOD = frozenset({"ok", "target", "early_stop"})
 """States of a run that has come to its end: it cannot be resumed."""
 FINISHED = FOR_GOOD | {"stopped", "failed"}
 """States of a run that does not go on by itself."""
+STOPPING = "stopping", "after the open round"
+"""State and detail of a run that an operator has told to end."""
 
 
 class Forgotten(NamedTuple):

@@ -7,12 +7,12 @@ import tomllib
 from collections.abc import Sequence
 from typing import Any
 
-from sqlalchemy import select, update
+from sqlalchemy import Connection, select, update
 
 from fedsim.errors import FedsimError
 from fedsim.pb import federation_pb2 as pb
 from fedsim.server.database import Database
-from fedsim.server.run_ledger import RunLedger
+from fedsim.server.run_ledger import STOPPING, RunLedger
 from fedsim.server.run_thread import RunThread
 from fedsim.server.tables import events, runs
 
@@ -74,6 +74,17 @@ class RunTable:
         """Move a run to a state; watchers find it among the events."""
         ledger = RunLedger(self.database, run_id)
         self.database.writer.run(lambda connection: ledger.set_state(connection, state, detail))
+
+    def set_stopping(self, run_id: str) -> None:
+        """A run that goes on will end after its open round; one that has ended meanwhile stays as it is."""
+        ledger = RunLedger(self.database, run_id)
+
+        def operation(connection: Connection) -> None:
+            state = connection.execute(select(runs.c.state).where(runs.c.run_id == run_id)).scalar()
+            if state == "running":
+                ledger.set_state(connection, *STOPPING)
+
+        self.database.writer.run(operation)
 
     def count_recovery(self, run_id: str) -> None:
         """The run is taken up once more."""

@@ -37,7 +37,7 @@ from fedsim.server.logs import fields
 from fedsim.server.members import Members
 from fedsim.server.planning import Planner
 from fedsim.server.remote import Past, RemoteEngine
-from fedsim.server.run_ledger import FINISHED, FOR_GOOD, Forgotten, RunLedger, Window
+from fedsim.server.run_ledger import FINISHED, FOR_GOOD, STOPPING, Forgotten, RunLedger, Window
 from fedsim.server.run_state import Saved
 from fedsim.server.segments import Segments
 from fedsim.server.server_run import ServerRun
@@ -47,7 +47,6 @@ from fedsim.storage import sha256
 log = logging.getLogger(__name__)
 
 KEEP = 2  # states that a run can be taken up from
-MAX_RECOVERIES = 5
 NO_SPACE = "storage: no space left"
 """How the detail of a run begins that paused because a disk was full."""
 
@@ -479,7 +478,8 @@ class RunThread(threading.Thread):
         """
 
         def say(connection: Connection) -> Forgotten:
-            self.ledger.set_state(connection, state, detail)
+            ends = state == "running" and self.ending is not None
+            self.ledger.set_state(connection, *(STOPPING if ends else (state, detail)))
             return self.ledger.drop_bytes(connection) if state in FOR_GOOD else Forgotten()
 
         gone = None

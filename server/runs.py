@@ -30,7 +30,7 @@ from fedsim.server.objects import Objects
 from fedsim.server.planning import Planner
 from fedsim.server.run_ledger import FINISHED, FOR_GOOD, Forgotten, RunLedger
 from fedsim.server.run_table import RunTable, described
-from fedsim.server.run_thread import MAX_RECOVERIES, NO_SPACE, RunThread
+from fedsim.server.run_thread import NO_SPACE, RunThread
 from fedsim.server.segments import Segments
 from fedsim.server.server_run import ServerRun, server_config
 from fedsim.server.tables import runs, submissions, tasks
@@ -41,6 +41,7 @@ log = logging.getLogger(__name__)
 
 PAUSED_RETRY_SECONDS = 5.0
 SWEEP_SECONDS = 1.0
+MAX_RECOVERIES = 5
 SPACE_SECONDS = 3.0, 60.0
 """Between two tries to go on with a run that found the disk full: at first, and at most."""
 
@@ -86,7 +87,9 @@ class Runs:
         self._door = threading.RLock()
         self._threads: dict[str, RunThread] = {}
         self._desks: dict[str, Desk] = {}
+        self._nodes = threading.Lock()  # between what is said of nodes and a run that begins
         self._online: frozenset[str] = frozenset()
+        self._revoked: set[str] = set()
         self._seen: dict[str, float] = {}  # node -> when it was last known to be there, monotonic
         self._began = time.monotonic()
         self._full: dict[str, tuple[float, float]] = {}  # run -> when it is tried again, and the wait before
@@ -179,14 +182,19 @@ class Runs:
         now = time.monotonic()
         for node in self._online | node_ids:
             self._seen[node] = now
-        self._online = node_ids
-        for thread in list(self._threads.values()):
-            thread.members.set_online(node_ids)
+        with self._nodes:
+            self._online = node_ids
+            for thread in list(self._threads.values()):
+                thread.members.set_online(node_ids)
 
     def revoke(self, node_id: str) -> None:
         """This node takes no part any more; its answers in open windows do not count."""
-        for run_id, thread in list(self._threads.items()):
-            thread.members.revoke(node_id)
+        with self._nodes:
+            self._revoked.add(node_id)
+            threads = list(self._threads.items())
+            for _, thread in threads:
+                thread.members.revoke(node_id)
+        for run_id, thread in threads:
             desk = self._desks.get(run_id)
             if desk is not None:
                 for task in [t for t in list(thread.engine.tasks.values()) if t.node_id == node_id]:
@@ -289,7 +297,8 @@ class Runs:
             thread.join()
         else:
             thread.end_after_round("stopped", "by an operator")
-            self._set_state(row.run_id, "stopping", "after the open round")
+            self._table.set_stopping(row.run_id)
+            self.on_events()
         return self.get(row.run_id)
 
     def events(self, run_id: str, after: int) -> Sequence[pb.Event]:
@@ -347,7 +356,6 @@ class Runs:
         members = Members(
             self.database, run_id, run.population, lambda online: self._candidates(nodes, online)
         )
-        members.set_online(self._online)
         limits = run.config.deployment
         facts = RunFacts(
             run_id,
@@ -383,7 +391,11 @@ class Runs:
         )
         if stopping:
             thread.end_after_round("stopped", "by an operator")
-        self._threads[run_id] = thread
+        with self._nodes:
+            self._threads[run_id] = thread
+            members.set_online(self._online)
+            for node_id in self._revoked:
+                members.revoke(node_id)
         thread.start()
 
     def _ready(self, thread: RunThread) -> None:
@@ -411,7 +423,8 @@ class Runs:
 
     def _thread(self, run_id: str) -> RunThread | None:
         """The thread of a run that goes on; one whose last word is said already is waited for."""
-        thread = self._threads.get(run_id)
+        with self._door:  # an end is whole: others have been told of it
+            thread = self._threads.get(run_id)
         if thread is not None and thread.ended_as:
             thread.join()
             return None

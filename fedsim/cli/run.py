@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -175,6 +176,7 @@ def carry_on(
     *,
     expected: dict[str, Any] | None = None,
     require: bool = False,
+    command: Sequence[str] = (),
 ) -> None:
     """The rounds that are left, shown; then the end block and, where it is one, the error."""
     with uncollected(keep=True):
@@ -193,7 +195,7 @@ def carry_on(
     settings.result = {"path": str(folder.path)}  # what an error from here on is about
     view = view_for(settings, folder.name, rounds=rounds, metric=sim.evaluator.names[0])
     with log_to_stderr(settings), view, stop_on_signal(view.stopping) as stop:
-        outcome = execute(sim, folder, on_record=view.record, stop=stop, progress=progress)
+        outcome = execute(sim, folder, on_record=view.record, stop=stop, progress=progress, command=command)
     data = run_data(folder)
     lines = end_block(folder, data, rounds=rounds, expected=expected)
     unmet = require and outcome.outcome != "target"
@@ -242,12 +244,11 @@ def resume(
     """Go on with a run after its last checkpoint."""
     with uncollected(keep=True):
         from fedsim.cli.ending import end_block, run_data
-        from fedsim.config import load_config, to_toml
+        from fedsim.config import load_config
         from fedsim.runs.folder import CONFIG, REPORT, RunFolder
         from fedsim.runs.report import write_report
         from fedsim.simulation.session import REMOTE
         from fedsim.simulation.session import resume as continue_run
-        from fedsim.storage import write_atomically
     settings = settings_of(context)
     import_from_here()
     folder = RunFolder.open(settings.runs, run)
@@ -271,9 +272,7 @@ def resume(
                 where=f"--rounds {rounds}",
                 hint=f"give at least {done}",
             )
-        write_atomically(folder.path / CONFIG, to_toml(sim.config).encode())
-    folder.add_session(sys.argv)
-    carry_on(settings, sim, folder, progress)
+    carry_on(settings, sim, folder, progress, command=sys.argv)
 
 
 def tune(

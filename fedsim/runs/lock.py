@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,7 @@ from fedsim.file_lock import try_lock
 from fedsim.storage import problem
 
 LOCK = ".lock"
+_LOOKS, _LOOK_SECONDS = 50, 0.02  # whoever asks `is_locked` has the lock for an instant
 
 
 @contextmanager
@@ -26,7 +28,7 @@ def locked(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise problem(error, folder / LOCK) from error
     try:
-        if not try_lock(handle):
+        if not _taken(handle):
             raise EnvironmentProblem(
                 f"another process is writing the run {folder.name}",
                 code="FS-ENV-025",
@@ -36,6 +38,14 @@ def locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(handle)  # gives the lock up
+
+
+def _taken(handle: int) -> bool:
+    for _ in range(_LOOKS):
+        if try_lock(handle):
+            return True
+        time.sleep(_LOOK_SECONDS)
+    return False
 
 
 def is_locked(folder: Path) -> bool:

@@ -28,8 +28,7 @@ def resume(path: str | Path, *, rounds: int | None = None, **objects: Any) -> Ru
     """
     folder = RunFolder(Path(path))
     sim, progress = continue_run(folder, rounds=rounds, **objects)
-    folder.add_session(["fedsim.resume"])
-    return _result(sim, folder, execute(sim, folder, progress=progress))
+    return _result(sim, folder, execute(sim, folder, progress=progress, command=["fedsim.resume"]))
 
 
 def simulate(

@@ -47,7 +47,7 @@ class Arena:
     """All shared memory of a pool, and which worker has which piece of it."""
 
     def __init__(self) -> None:
-        self.largest = 0  # bytes of an order with its answer
+        self.largest = 0  # bytes of an order with its answer, once one has come
         self._numbers = 0
         self._slots: dict[int, Slot] = {}
         self._free: list[Slot] = []
@@ -114,7 +114,6 @@ class Arena:
         else:
             inside, end = pack(content, slot.memory)
             message = page.form
-        self.largest = max(self.largest, end)
         pieces: list[Slot | Page] = [slot] if page is None else [slot, page]
         sizes = {str(slot.number): end} | ({} if page is None else {str(page.number): page.end})
         known = self._known.setdefault(worker, set())

@@ -10,16 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from fedsim.build import build_data
-from fedsim.config import load_config
+from fedsim.config import load_config, to_toml
 from fedsim.errors import ConfigError, RunFailed
 from fedsim.federated_run import Record
 from fedsim.progress import Progress, progress_of, target_of
-from fedsim.runs.folder import RunFolder
+from fedsim.runs.folder import CONFIG, RunFolder
 from fedsim.runs.log import line_of
 from fedsim.simulation.baselines import pooled
 from fedsim.simulation.replay import JOURNAL, Replay, read_journal
 from fedsim.simulation.run import Simulation
 from fedsim.simulation.saving import load_run, save_run
+from fedsim.storage import write_atomically
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +68,7 @@ def execute(
     on_record: Callable[[Record], None] = lambda record: None,
     stop: Callable[[], bool] = lambda: False,
     progress: Progress | None = None,
+    command: Sequence[str] = (),
 ) -> Outcome:
     """Run to the end, to the target, to a failure, or until `stop`, and complete the folder.
 
@@ -76,6 +78,7 @@ def execute(
         on_record: called after a record and its client lines are on disk.
         stop: asked after every round.
         progress: of a resumed run, from `resume`.
+        command: that resumed it, for the manifest.
 
     Raises:
         ConfigError: ``[evaluation] best`` or ``target`` cannot be understood.
@@ -92,6 +95,8 @@ def execute(
             if progress is not None:
                 # Only now is the folder ours: another process may have gone on since `resume` looked.
                 current = _take_up(sim, folder)
+            if command:
+                _begin_session(sim, folder, command)
             outcome = _rounds(sim, folder, current, met, on_record, stop)
             folder.finish(outcome.summary)
             _draw(sim, folder)
@@ -229,6 +234,14 @@ def _take_up(sim: Simulation, folder: RunFolder) -> Progress:
     return progress
 
 
+def _begin_session(sim: Simulation, folder: RunFolder, command: Sequence[str]) -> None:
+    """Note that the run goes on, and to how many rounds; under the lock."""
+    folder.add_session(command)
+    path = folder.path / CONFIG
+    if load_config(path).config.run.rounds != sim.config.run.rounds:
+        write_atomically(path, to_toml(sim.config).encode())
+
+
 def again(folder: RunFolder, *, sets: Sequence[str] = (), **objects: Any) -> Simulation:
     """The simulation of a run folder, from its start; of a coordinator's run, the replay of its journal.
 
@@ -236,7 +249,7 @@ def again(folder: RunFolder, *, sets: Sequence[str] = (), **objects: Any) -> Sim
         ConfigError: the run was made of Python objects and they are not given.
     """
     facts = folder.manifest["facts"]
-    loaded = load_config(folder.path / "config.toml", sets=sets)
+    loaded = load_config(folder.path / CONFIG, sets=sets)
     if facts.get("engine") == REMOTE:
         return Replay(loaded.config, read_journal(folder.path / JOURNAL))
     if facts.get("baseline") == "centralised" and "data" not in objects:

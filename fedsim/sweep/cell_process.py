@@ -14,7 +14,7 @@ import secrets
 import signal
 import sys
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import FrameType
@@ -93,10 +93,11 @@ def work(task: Task, pipe: Connection) -> None:
 
 
 def _carry_on(task: Task, place: Place, stop: _Stop) -> tuple[str, Mapping[str, Any] | None]:
+    command: Sequence[str] = ()
     if place.exists(task.cell):
         folder = place.folder(task.cell)
         sim, progress = resume(folder)
-        folder.add_session(task.command)
+        command = task.command
     else:
         config = config_from(task.config, {})
         if config.engine.workers is None:  # a cell is one process: others are at work beside it
@@ -106,18 +107,18 @@ def _carry_on(task: Task, place: Place, stop: _Stop) -> tuple[str, Mapping[str, 
             return "interrupted", None
         folder = _begin(task, place, sim)
         sim.keep_state_in(folder.state_folder)
-    return _rounds(sim, folder, progress, stop)
+    return _rounds(sim, folder, progress, command, stop)
 
 
 def _rounds(
-    sim: Simulation, folder: RunFolder, progress: Progress | None, stop: _Stop
+    sim: Simulation, folder: RunFolder, progress: Progress | None, command: Sequence[str], stop: _Stop
 ) -> tuple[str, Mapping[str, Any] | None]:
     metric = sim.evaluator.names[0]
 
     def told(record: Record) -> None:
         stop.tell("round", int(record["round"]), metric, record.get(metric))
 
-    outcome = execute(sim, folder, on_record=told, stop=stop, progress=progress)
+    outcome = execute(sim, folder, on_record=told, stop=stop, progress=progress, command=command)
     return outcome.outcome, None if outcome.error is None else fields(outcome.error)
 
 

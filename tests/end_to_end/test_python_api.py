@@ -14,8 +14,12 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 import fedsim
-from fedsim.errors import ConfigError, DataError, FedsimError, QuorumNotReached
+from fedsim.config import load_config
+from fedsim.errors import ConfigError, DataError, EnvironmentProblem, FedsimError, QuorumNotReached
 from fedsim.opaque_client import LocalData, LocalTask
+from fedsim.runs.folder import RunFolder
+from fedsim.runs.lines import Record
+from fedsim.simulation.session import execute, resume
 from fedsim.transform import Observed, UpdateTransform
 from tests.processes import script
 
@@ -314,6 +318,28 @@ def test_a_run_made_of_objects_is_extended_with_the_same_objects(
     longer = fedsim.resume(short.path, rounds=4, **objects)
     assert longer.records[-1]["accuracy"] == whole.records[-1]["accuracy"]
     assert [r["train_loss"] for r in longer.records[1:]] == [r["train_loss"] for r in whole.records[1:]]
+
+
+def test_a_resume_that_comes_while_another_goes_on_leaves_the_run_as_it_is(
+    data: fedsim.FederatedData, tmp_path: Path
+) -> None:
+    settings: dict[str, Any] = {"model": "logistic", "data": data, "sample": 3, "sections": QUIET}
+    folder = RunFolder(fedsim.simulate(rounds=1, runs=tmp_path, **settings).path)
+    one, other = (resume(folder, rounds=rounds, data=data) for rounds in (3, 5))
+    refused = []
+
+    def late(record: Record) -> None:
+        with pytest.raises(EnvironmentProblem) as found:
+            execute(other[0], folder, progress=other[1], command=["late"])
+        refused.append(found.value.code)
+
+    execute(one[0], folder, on_record=late, progress=one[1], command=["first"])
+    assert refused == ["FS-ENV-025"] * 2
+    document = folder.manifest
+    assert [(s["command"], s["outcome"]) for s in document["sessions"]][1:] == [(["first"], "ok")]
+    assert document["outcome"] == "ok"
+    assert document["files"]
+    assert load_config(folder.path / "config.toml").config.run.rounds == 3
 
 
 def test_objects_print_in_a_notebook_without_their_contents(

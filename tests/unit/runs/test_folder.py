@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,8 +15,10 @@ from safetensors.torch import load_file
 from torch import nn
 
 from fedsim.errors import ConfigError, EnvironmentProblem
+from fedsim.file_lock import try_lock
 from fedsim.runs.find import list_runs
 from fedsim.runs.folder import RunFolder
+from fedsim.runs.lock import LOCK
 from fedsim.runs.names import slug
 
 MakeRun = Callable[..., RunFolder]
@@ -195,6 +198,18 @@ def test_facts_are_added_to_the_manifest(make_run: MakeRun) -> None:
     assert run.manifest["facts"]["engine"] == "stacked"
     assert run.manifest["facts"]["loss_scale"] is None
     assert run.manifest["nonfinite"] == ["facts.loss_scale"]
+
+
+def test_whoever_asks_whether_a_run_is_alive_does_not_keep_its_writer_away(
+    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To ask takes the lock, if only for an instant; here for as long as the writer sees it taken."""
+    run = make_run(finished=False)
+    asking = os.open(run.path / LOCK, os.O_RDWR | os.O_CREAT)
+    assert try_lock(asking)
+    monkeypatch.setattr("fedsim.runs.lock.time.sleep", lambda seconds: os.close(asking))
+    with run.locked():
+        assert run.status() == "running"
 
 
 def test_a_run_has_one_writer_and_says_whether_it_is_alive(make_run: MakeRun) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from fedsim.pb import federation_pb2 as pb
 from fedsim.server.completions import Completions
-from fedsim.server.leases import Leases
+from fedsim.server.leases import Leases, standstill
 from fedsim.server.polls import Polls
 from fedsim.server.presence import Presence
 
@@ -294,7 +294,7 @@ def test_a_mistake_in_offering_reaches_one_call_and_the_others_are_served() -> N
         parked = [asyncio.create_task(polls.park(node, 30.0)) for node in "ab"]
         await asyncio.sleep(0)
         polls.wake_soon()
-        return await asyncio.wait_for(asyncio.gather(*parked, return_exceptions=True), 10)
+        return await asyncio.wait_for(asyncio.gather(*parked, return_exceptions=True), 60)
 
     broken, served = asyncio.run(scenario())
     assert isinstance(broken, KeyError)
@@ -321,7 +321,7 @@ def test_futures_of_another_thread_are_awaited_and_a_caller_that_hangs_up_cancel
                     future.set_result(number)
 
         await asyncio.to_thread(complete)
-        found = await asyncio.wait_for(asyncio.gather(*calls, return_exceptions=True), 10)
+        found = await asyncio.wait_for(asyncio.gather(*calls, return_exceptions=True), 60)
         return [*found, await completions.of(futures[0])], futures[4].cancelled()
 
     found, cancelled = asyncio.run(scenario())
@@ -366,11 +366,36 @@ def test_a_silent_node_is_gone_unless_it_waits_in_an_open_call() -> None:
 
 def test_after_a_standstill_nobody_counts_as_silent() -> None:
     async def scenario() -> frozenset[str]:
-        presence = Presence(0.01, lambda online: None)
+        presence = Presence(10.0, lambda online: None)
         presence.heard("a")
-        await asyncio.sleep(0.05)
+        presence._heard["a"] -= 60  # so long it stood still
         presence.refresh()
         presence.sweep(parked=lambda node: False)
         return presence.online
 
     assert asyncio.run(scenario()) == frozenset("a")
+
+
+def test_who_is_online_and_who_the_runs_know_of_are_told_apart() -> None:
+    """An operator who sees a node and starts a run at once finds the node in it."""
+
+    async def scenario() -> list[frozenset[str]]:
+        told: list[frozenset[str]] = []
+        presence = Presence(10.0, told.append)
+        presence.heard("a")
+        before = [presence.online, presence.told]
+        while not told:
+            await asyncio.sleep(0.01)
+        return [*before, presence.told, *told]
+
+    a, nobody = frozenset("a"), frozenset[str]()
+    assert asyncio.run(scenario()) == [a, nobody, a, a]
+
+
+@pytest.mark.parametrize(
+    ("lease", "beat", "found"), [(90, 20, 5.0), (6, 2.5, 3.0), (90, 1, 1.5), (1, 0.2, 1.5)]
+)
+def test_a_standstill_is_shorter_than_what_a_node_may_be_silent_for(
+    lease: float, beat: float, found: float
+) -> None:
+    assert standstill(lease, beat, look_seconds=1.0) == found

@@ -1,0 +1,88 @@
+"""What comes at an awkward moment of a run: nodes while it begins, a stop while it ends."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedsim.identity import Key
+from fedsim.server import runs
+from fedsim.server.run_thread import RunThread
+from tests.fleet import Coordinator, make_nodes, toml_of
+from tests.wired import config
+
+N = 4
+
+
+@pytest.fixture
+def coordinator(tmp_path: Path) -> Iterator[Coordinator]:
+    made = Coordinator(tmp_path / "state", Key.new(), make_nodes(tmp_path, N)).start()
+    yield made
+    made.stop()
+
+
+def submit(coordinator: Coordinator, **deployment: Any) -> str:
+    values = config("fedavg", deployment={"min_clients": N, **deployment})
+    values["output"] = {"report": False, "plots": False}
+    return coordinator.runs.submit(toml_of(values), "run", "", "").run_id
+
+
+def while_it_begins(monkeypatch: pytest.MonkeyPatch, event: Callable[[], None]) -> None:
+    """Let `event` happen when a run knows its nodes as they were, and is in no list yet."""
+    plain = runs.Planner
+
+    def planner(*values: Any, **options: Any) -> Any:
+        event()
+        return plain(*values, **options)
+
+    monkeypatch.setattr(runs, "Planner", planner)
+
+
+def test_nodes_that_come_while_a_run_begins_are_there_for_it(
+    coordinator: Coordinator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    everybody = frozenset(node.node_id for node in coordinator.nodes)
+    coordinator.runs.set_online(frozenset())
+    while_it_begins(monkeypatch, lambda: coordinator.runs.set_online(everybody))
+    assert coordinator.serve(submit(coordinator, wait=5.0)) == "ok"
+
+
+def test_a_node_that_is_revoked_while_a_run_begins_is_not_asked(
+    coordinator: Coordinator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone, *others = [node.node_id for node in coordinator.nodes]
+    while_it_begins(monkeypatch, lambda: coordinator.runs.revoke(gone))
+    run_id = submit(coordinator, min_clients=N - 1)
+    coordinator.serve(run_id, until=lambda: any(map(coordinator.runs.offer, others)))
+    assert coordinator.runs.offer(gone) is None
+    assert coordinator.runs.get(run_id).online == N - 1
+
+
+def test_a_stop_that_comes_while_the_run_ends_is_not_its_last_word(
+    coordinator: Coordinator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_id = submit(coordinator)
+    plain = RunThread.end_after_round
+
+    def slowly(thread: RunThread, state: str, detail: str = "") -> None:
+        plain(thread, state, detail)
+        coordinator.serve(run_id)  # meanwhile the open round is completed, and the run is over
+        thread.join()
+
+    monkeypatch.setattr(RunThread, "end_after_round", slowly)
+    assert coordinator.runs.stop(run_id, False).state == "stopped"
+    states = [event.data for event in coordinator.runs.events(run_id, 0) if event.type == "state"]
+    assert '"stopped"' in states[-1]
+
+
+def test_a_run_that_was_told_to_end_does_not_say_that_it_goes_on(coordinator: Coordinator) -> None:
+    run_id = submit(coordinator)
+    coordinator.serve(run_id, until=lambda: any(coordinator.runs.offer(n.node_id) for n in coordinator.nodes))
+    assert coordinator.runs.stop(run_id, False).state == "stopping"
+    thread = coordinator.runs._threads[run_id]
+    thread._say("running", "")  # as after the last wait for clients
+    assert coordinator.runs.get(run_id).state == "stopping"
+    assert coordinator.serve(run_id).startswith("stopped")
