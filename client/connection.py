@@ -39,6 +39,7 @@ MAJOR, MINOR = 1, 0
 CAPABILITIES = ("inline", "resume")
 POLL_SECONDS = 25.0
 _SECONDS = 20.0  # deadline of a call that waits for nothing
+BYE_SECONDS = 3.0  # and of the last one, for which a client that ends does not stay long
 _SLOW_BYTES_PER_SECOND = 20e6  # a coordinator that checks a large update is given this rate
 _LOGINS = 2  # a nonce can run out between Hello and Login, once
 _APPROVAL_SECONDS = (5.0, 60.0)  # between two questions whether the operator has approved this client
@@ -170,7 +171,9 @@ class Connection:
         ticket, self._ticket = self._ticket, b""
         if ticket and self._greeted:
             with suppress(grpc.aio.AioRpcError):
-                await self.stub.Bye(pb.ByeRequest(reason=reason), timeout=3.0, metadata=((TICKET, ticket),))
+                await self.stub.Bye(
+                    pb.ByeRequest(reason=reason), timeout=BYE_SECONDS, metadata=((TICKET, ticket),)
+                )
 
     async def close(self) -> None:
         """Close the channel."""

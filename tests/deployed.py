@@ -11,7 +11,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -37,6 +36,7 @@ from fedsim.server.state_keys import ADMIN_KEY
 from fedsim.storage import sha256
 from tests.deployed_values import replayed, simulated
 from tests.fault_proxy import FaultProxy
+from tests.ports import free_port
 from tests.processes import Ended, fedsim
 
 COORDINATOR = "coordinator"
@@ -54,12 +54,6 @@ def until(condition: Callable[[], Any], what: str, *, seconds: float = SECONDS) 
         assert time.monotonic() < end, f"in {seconds:g} s: not {what}"
         time.sleep(0.01)
     return found
-
-
-def free_port() -> int:
-    """A port of the loopback that nobody uses now."""
-    with socket.create_server(("127.0.0.1", 0)) as found:
-        return int(found.getsockname()[1])
 
 
 @contextmanager
@@ -118,9 +112,16 @@ class Member:
     @property
     def children(self) -> list[int]:
         """Its own processes: of a client the worker."""
-        tasks = Path(f"/proc/{self.pid}/task")
-        found = {int(pid) for task in tasks.iterdir() for pid in (task / "children").read_text().split()}
-        return sorted(pid for pid in found if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes())
+        found: set[int] = set()
+        for task in Path(f"/proc/{self.pid}/task").iterdir():
+            with suppress(OSError):  # a thread that has just ended
+                found.update(map(int, (task / "children").read_text().split()))
+        workers = []
+        for pid in sorted(found):
+            with suppress(OSError):  # a process that has just ended
+                if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                    workers.append(pid)
+        return workers
 
     def signal(self, number: signal.Signals) -> None:
         """Send it, to this process alone."""
@@ -360,7 +361,7 @@ class Deployment:
         text = to_toml(config_from(dict(values), {}))
         names = (f"client-{number}" for number in range(1, values["data"]["partition"]["clients"] + 1))
         nodes = f"name in {{{', '.join(names)}}}"
-        return Run(self, self.operator.submit(text, name=f"run-{self._runs}", nodes=nodes).run_id)
+        return Run(self, self.operator.submit(text, name=f"run-{self._runs}", nodes=nodes))
 
     def simulated(self, values: Mapping[str, Any]) -> str:
         """`simulated`, once for each configuration."""
@@ -381,9 +382,9 @@ class Deployment:
 class Run:
     """One run of a deployment."""
 
-    def __init__(self, deployment: Deployment, run_id: str) -> None:
-        self.deployment, self.run_id = deployment, run_id
-        self.folder = RunFolder(deployment.state / "runs" / self.get().folder)
+    def __init__(self, deployment: Deployment, submitted: RemoteRun) -> None:
+        self.deployment, self.run_id = deployment, submitted.run_id
+        self.folder = RunFolder(deployment.state / "runs" / submitted.folder)
 
     def get(self) -> RemoteRun:
         """What the coordinator says of it."""

@@ -25,6 +25,7 @@ from fedsim.pb import federation_pb2 as pb
 from fedsim.pb.federation_pb2_grpc import FleetServicer, add_FleetServicer_to_server
 from fedsim.transport import TICKET, server_options
 from tests.faults import Abort, CutAfter, Damage, Fault, Hang, Lie, LoseReply
+from tests.ports import free_port
 
 
 @dataclass
@@ -109,7 +110,7 @@ class FakeFleet(FleetServicer):  # type: ignore[misc]  # generated code has no t
         self.poll_seconds = 0.05
         self.changed = asyncio.Condition()
         self._server: Any = None
-        self._port = 0
+        self._port = free_port()
 
     @property
     def address(self) -> str:
@@ -123,17 +124,17 @@ class FakeFleet(FleetServicer):  # type: ignore[misc]  # generated code has no t
         await self.down()
 
     async def up(self) -> None:
-        """Serve, on the port of before where there was one."""
+        """Serve, on the same port each time."""
         self._server = grpc.aio.server(options=server_options())
         add_FleetServicer_to_server(self, self._server)  # type: ignore[no-untyped-call]
-        self._port = self._server.add_insecure_port(f"127.0.0.1:{self._port}")
+        self._server.add_insecure_port(self.address)
         await self._server.start()
 
     async def down(self) -> None:
         """Be gone, in the middle of whatever is going on."""
         await self._server.stop(None)
 
-    async def until(self, condition: Callable[[], bool], seconds: float = 20.0) -> None:
+    async def until(self, condition: Callable[[], bool], seconds: float = 60.0) -> None:
         """Wait until something that was called for has happened."""
         async with asyncio.timeout(seconds), self.changed:
             await self.changed.wait_for(condition)

@@ -29,6 +29,10 @@ from fedsim.server.uploads import Uploads
 END = frozenset({"ok", "target", "early_stop", "stopped", "failed", "paused"})
 
 
+class Gone(Exception):
+    """The round closed, or the run ended, between the offer of a task and the fetching of its objects."""
+
+
 @dataclass(eq=False)
 class Node:
     """One client: what it keeps between tasks, and its training."""
@@ -50,7 +54,11 @@ class Node:
     def answer(
         self, offer: pb.Offer, content: Callable[[bytes], Any]
     ) -> tuple[pb.SubmitRequest, Answer, bytes]:
-        """Train the offered task; the submission, what it holds, and the bundle."""
+        """Train the offered task; the submission, what it holds, and the bundle.
+
+        Raises:
+            Gone: by `content`.
+        """
         task = pb.Task.FromString(offer.body)
         out = self.folder / task.task_id.hex()
         out.mkdir(parents=True, exist_ok=True)
@@ -117,9 +125,9 @@ class Coordinator:
     def submit(self, task: OpenTask, request: pb.SubmitRequest, update: bytes) -> Decision:
         body = pb.SubmitBody.FromString(request.body)
         place = Place(body.update.digest, len(update), update)
-        return self.runs.accept(task, body, request, place).result(timeout=30)
+        return self.runs.accept(task, body, request, place).result(timeout=120)
 
-    def serve(self, run_id: str, *, seconds: float = 60.0, until: Callable[[], bool] = lambda: False) -> str:
+    def serve(self, run_id: str, *, seconds: float = 240.0, until: Callable[[], bool] = lambda: False) -> str:
         """Let every node do what it is offered until the run ends, or `until`; the run's state."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
@@ -139,13 +147,20 @@ class Coordinator:
                 time.sleep(0.002)
         raise AssertionError(f"the run did not end: {self.runs.get(run_id)}")
 
-    def turn(self, node: Node, task: OpenTask) -> Decision:
-        """One node does one task."""
+    def turn(self, node: Node, task: OpenTask) -> Decision | None:
+        """One node does one task, or leaves it alone where it was over before it began."""
 
         def content(digest: bytes) -> Any:
-            return self.runs.fetchable(node.node_id, digest)
+            found = self.runs.fetchable(node.node_id, digest)
+            if found is None:
+                assert self.runs.cancelled(task.task_id), "an open task without its objects"
+                raise Gone
+            return found
 
-        request, _, update = node.answer(task.offer(self.key), content)
+        try:
+            request, _, update = node.answer(task.offer(self.key), content)
+        except Gone:
+            return None
         return self.submit(task, request, update)
 
 

@@ -107,7 +107,7 @@ class Node:
     def node_id(self) -> str:
         return self.key.node_id
 
-    async def call(self, method: str, request: Any, *, seconds: float = 20.0) -> Any:
+    async def call(self, method: str, request: Any, *, seconds: float = 60.0) -> Any:
         return await getattr(self.stub, method)(request, metadata=self.metadata, timeout=seconds)
 
     def body(self, task: OpenTask, content: bytes, **fields: Any) -> pb.SubmitBody:
@@ -194,7 +194,7 @@ async def serving(
             await channel.close()
         await server.stop(0)
         fleet.presence.close()
-        uploads.close()
+        await asyncio.to_thread(uploads.close)  # it may wait for the writer, which no event loop does
         work.shutdown()
         disk.shutdown()
         if database is not None:
@@ -206,7 +206,7 @@ def run(folder: Path, scenario: Callable[[Service], Awaitable[Any]], **options: 
 
     async def served() -> Any:
         async with serving(folder, **options) as service:
-            return await asyncio.wait_for(scenario(service), 60)
+            return await asyncio.wait_for(scenario(service), 180)
 
     return asyncio.run(served())
 

@@ -10,6 +10,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from fedsim.client import connection as connection_module
 from fedsim.client.connection import Connection, Introduction
 from fedsim.client.policy import PolicyFile
 from fedsim.client.runtime import Runtime
@@ -36,10 +39,12 @@ def on_loopback(test: Callable[[FakeFleet], Awaitable[None]], **options: Any) ->
     """Run a test against a coordinator of its own; `options` are those of `FakeFleet`."""
 
     async def main() -> None:
-        async with FakeFleet(**options) as fleet, asyncio.timeout(30):
+        async with FakeFleet(**options) as fleet, asyncio.timeout(120):
             await test(fleet)
 
-    asyncio.run(main())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(connection_module, "BYE_SECONDS", 60.0)  # a goodbye shall arrive on a busy machine too
+        asyncio.run(main())
 
 
 def at_once(attempt: int) -> float:
@@ -64,12 +69,12 @@ class Client:
     async def stop(self) -> None:
         """Tell it to stop, as SIGTERM does, and wait until it has."""
         self.runtime.stop()
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             await self.done
 
     async def ends(self) -> None:
         """Wait until it ends by itself; raises what ended it."""
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             await self.done
 
     async def crash(self) -> None:

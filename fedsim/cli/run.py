@@ -264,14 +264,13 @@ def resume(
         return
     sim, progress = continue_run(folder, rounds=rounds)
     done = sim.federation.state.round_index
-    if rounds is not None:
-        if rounds < done:
-            raise ConfigError(
-                f"the run has completed {done} rounds already",
-                code="FS-CFG-023",
-                where=f"--rounds {rounds}",
-                hint=f"give at least {done}",
-            )
+    if rounds is not None and rounds < done:
+        raise ConfigError(
+            f"the run has completed {done} rounds already",
+            code="FS-CFG-023",
+            where=f"--rounds {rounds}",
+            hint=f"give at least {done}",
+        )
     carry_on(settings, sim, folder, progress, command=sys.argv)
 
 

@@ -35,7 +35,7 @@ def cases(folder: Path, values: dict[str, Any], points: list[list[str]]) -> list
         input=json.dumps(wanted),
         capture_output=True,
         text=True,
-        timeout=500,
+        timeout=1500,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr

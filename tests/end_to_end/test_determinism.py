@@ -39,6 +39,10 @@ plots = false
 """
 
 
+ENDLESS = 100_000
+"""Rounds of a run that somebody stops."""
+
+
 def fedsim(*words: str, cwd: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", "fedsim", *words],
@@ -91,23 +95,30 @@ def test_the_same_seed_gives_the_same_bytes_twice(tmp_path: Path, engine: str) -
     assert (a / final).read_bytes() == (b / final).read_bytes()
 
 
+def killed_and_whole(folder: Path, config: Path, *, after: int) -> tuple[Path, Path]:
+    """A run that was killed after some rounds and resumed, and one of as many rounds that nothing stopped.
+
+    How many those are is known once it is dead: it cannot be over before, however long nobody looks.
+    """
+    runs = folder / "killed"
+    process = fedsim("run", str(config), "--runs", str(runs), "-q", cwd=folder)
+    wait_for_rounds(process, runs, after)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait(timeout=60) == -signal.SIGKILL
+    killed = run_folder(runs)
+    rounds = (killed / "metrics.jsonl").read_bytes().count(b"\n") + 10
+    finished(fedsim("resume", str(killed), "--rounds", str(rounds), "-q", cwd=folder))
+    config.write_text(config.read_text().replace(f"rounds = {ENDLESS}", f"rounds = {rounds}"))
+    finished(fedsim("run", str(config), "--runs", str(folder / "whole"), "-q", cwd=folder))
+    return killed, run_folder(folder / "whole")
+
+
 @pytest.mark.parametrize(
     ("engine", "strategy"), [("stacked", "scaffold"), pytest.param("loop", "fedavg", marks=pytest.mark.slow)]
 )
 def test_a_killed_run_resumes_to_the_same_metrics(tmp_path: Path, engine: str, strategy: str) -> None:
-    config = write_config(tmp_path, engine=engine, strategy=strategy, rounds=40)
-    finished(fedsim("run", str(config), "--runs", str(tmp_path / "whole"), "-q", cwd=tmp_path))
-    whole = run_folder(tmp_path / "whole")
-    runs = tmp_path / "killed"
-    process = fedsim("run", str(config), "--runs", str(runs), "-q", cwd=tmp_path)
-    wanted = random.Random(engine).randrange(4, 30)
-    wait_for_rounds(process, runs, wanted)
-    process.send_signal(signal.SIGKILL)
-    process.wait(timeout=60)
-    killed = run_folder(runs)
-    done = len((killed / "metrics.jsonl").read_bytes().splitlines())
-    assert done < 41, "the run ended before it was killed"
-    finished(fedsim("resume", str(killed), "-q", cwd=tmp_path))
+    config = write_config(tmp_path, engine=engine, strategy=strategy, rounds=ENDLESS)
+    killed, whole = killed_and_whole(tmp_path, config, after=random.Random(engine).randrange(4, 30))
     assert lines_without_time(killed / "metrics.jsonl") == lines_without_time(whole / "metrics.jsonl")
     assert (killed / "clients.jsonl").read_bytes() == (whole / "clients.jsonl").read_bytes()
     for name in ("final", "best"):
@@ -144,18 +155,9 @@ by = 10
 def test_an_asynchronous_run_that_was_killed_resumes_with_its_tasks_in_flight(
     tmp_path: Path, engine: str, scheduler: str, strategy: str
 ) -> None:
-    config = write_config(tmp_path, engine=engine, strategy=strategy, rounds=40)
+    config = write_config(tmp_path, engine=engine, strategy=strategy, rounds=ENDLESS)
     config.write_text(config.read_text() + ASYNCHRONOUS.format(scheduler=scheduler))
-    finished(fedsim("run", str(config), "--runs", str(tmp_path / "whole"), "-q", cwd=tmp_path))
-    whole = run_folder(tmp_path / "whole")
-    runs = tmp_path / "killed"
-    process = fedsim("run", str(config), "--runs", str(runs), "-q", cwd=tmp_path)
-    wait_for_rounds(process, runs, random.Random(scheduler).randrange(8, 30))
-    process.send_signal(signal.SIGKILL)
-    process.wait(timeout=60)
-    killed = run_folder(runs)
-    assert len((killed / "metrics.jsonl").read_bytes().splitlines()) < 41, "it ended before it was killed"
-    finished(fedsim("resume", str(killed), "-q", cwd=tmp_path))
+    killed, whole = killed_and_whole(tmp_path, config, after=random.Random(scheduler).randrange(8, 30))
     assert lines_without_time(killed / "metrics.jsonl") == lines_without_time(whole / "metrics.jsonl")
     assert (killed / "clients.jsonl").read_bytes() == (whole / "clients.jsonl").read_bytes()
     file = "checkpoints/final.safetensors"
@@ -163,7 +165,7 @@ def test_an_asynchronous_run_that_was_killed_resumes_with_its_tasks_in_flight(
 
 
 def test_ctrl_c_commits_and_exits_5_and_the_run_resumes(tmp_path: Path) -> None:
-    config = write_config(tmp_path, engine="stacked", rounds=400)
+    config = write_config(tmp_path, engine="stacked", rounds=ENDLESS)
     runs = tmp_path / "runs"
     process = fedsim("run", str(config), "--runs", str(runs), "-q", cwd=tmp_path)
     wait_for_rounds(process, runs, 3)

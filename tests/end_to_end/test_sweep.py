@@ -13,6 +13,7 @@ import pytest
 
 from fedsim.cli import call
 from fedsim.runs.folder import RunFolder
+from fedsim.runs.lock import is_locked
 from tests.processes import SMALL, assert_told, fedsim, records, start, wait_for_lines
 
 STUDY = (
@@ -302,7 +303,7 @@ def test_a_sweep_that_is_killed_takes_its_cells_along_and_can_go_on(here: Path) 
     going.kill()
     going.communicate(timeout=60)
     # Its end of the pipe is gone: the cell saves and ends by itself.
-    until(lambda: RunFolder(run).status() == "interrupted")
+    until(lambda: RunFolder(run).status() == "interrupted" and not is_locked(run))
     before = len(records(run))
     again = start(here, *words)
     wait_for_lines(again, here / "runs" / "sweep-study-full" / "cells", before + 3)

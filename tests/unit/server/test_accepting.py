@@ -78,10 +78,10 @@ class Run:
 
         def hold(connection: object) -> None:
             begun.set()
-            assert go.wait(10)
+            assert go.wait(60)
 
         self.database.writer.submit(hold)
-        assert begun.wait(10)
+        assert begun.wait(60)
         futures = [self.database.writer.submit_item(self.kind, item) for item in handed]
         go.set()
         return futures
@@ -110,7 +110,7 @@ def handed(task: Any, content: bytes = b"", *, key: bytes = b"") -> Handed:
 
 
 def verdicts(futures: list[Future[Decision]]) -> list[int]:
-    return [future.result(10).verdict for future in futures]
+    return [future.result(60).verdict for future in futures]
 
 
 def test_many_updates_share_their_statements_and_each_has_its_bytes(run: Run) -> None:
@@ -149,7 +149,7 @@ def test_an_unknown_task_in_a_group_is_late_and_the_others_count(run: Run) -> No
 def test_a_closing_round_asks_to_send_again_and_keeps_nothing(run: Run) -> None:
     made = run.tasks(3)
     run.engine.accepting = False
-    found = [future.result(10) for future in run.submit([handed(task) for task in made])]
+    found = [future.result(60) for future in run.submit([handed(task) for task in made])]
     assert [decision.verdict for decision in found] == [pb.RETRY] * 3
     assert all(decision.delay > 0 for decision in found)
     assert run.rows() == []
@@ -163,7 +163,7 @@ def test_a_key_that_was_used_before_fails_alone(run: Run) -> None:
     good, bad, other = run.submit(items)
     assert verdicts([good, other]) == [pb.ACCEPTED] * 2
     with pytest.raises(IntegrityError):
-        bad.result(10)
+        bad.result(60)
     assert [row["client"] for row in run.rows()] == [0, 2]
     assert run.lines() == 2
     assert made[1].status == OPEN

@@ -204,6 +204,6 @@ def test_threads_write_one_chain(path: Path) -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(10)
+        thread.join(60)
     audit.close()
     assert verify(path).seq == 85

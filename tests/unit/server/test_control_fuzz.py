@@ -65,7 +65,7 @@ class Line:
         """What a call ends with; nothing that the coordinator did not choose."""
         call = getattr(self.admin.control, method)
         try:
-            found = call(request, metadata=self.admin.metadata, timeout=20)
+            found = call(request, metadata=self.admin.metadata, timeout=60)
             if method in STREAMS:
                 list(found)
         except grpc.RpcError as error:
@@ -117,7 +117,7 @@ def test_a_proof_with_anything_in_its_fields_lets_nobody_in(
                     greeting.server_id, greeting.nonce, node.key.public,
                 )  # fmt: skip
             with pytest.raises(grpc.RpcError) as refused:
-                getattr(node.stub, method)(node.signed(context, body), timeout=20)
+                getattr(node.stub, method)(node.signed(context, body), timeout=60)
         finally:
             node.close()
         error: Any = refused.value

@@ -154,14 +154,14 @@ def test_many_threads_read_at_once(used: Path) -> None:
 
     def read() -> None:
         with database.read() as connection:
-            together.wait(10)
+            together.wait(60)
             found.append([json.loads(d) for d in connection.scalars(select(events.c.data))])
 
     threads = [threading.Thread(target=read) for _ in range(24)]
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(10)
+        thread.join(60)
     assert found == [["kept"]] * 24
     database.close()
 

@@ -86,7 +86,7 @@ class Line:
     def status(self, method: str, request: Any) -> StatusCode:
         """What a call ends with; nothing that it did not choose."""
         try:
-            found = getattr(self.stub, method)(request, metadata=self.node.metadata, timeout=20)
+            found = getattr(self.stub, method)(request, metadata=self.node.metadata, timeout=60)
             if method == "Fetch":
                 list(found)
         except grpc.RpcError as error:

@@ -31,7 +31,7 @@ async def get(port: int, path: str, **headers: str) -> tuple[int, dict[str, str]
         *(f"{k}: {v}" for k, v in headers.items()),
     ]
     writer.write(("\r\n".join(lines) + "\r\n\r\n").encode())
-    answer = (await asyncio.wait_for(reader.read(), 10)).decode()
+    answer = (await asyncio.wait_for(reader.read(), 60)).decode()
     writer.close()
     head, _, body = answer.partition("\r\n\r\n")
     status, *fields = head.split("\r\n")
@@ -118,15 +118,26 @@ def test_beyond_loopback_numbers_are_off_without_a_token() -> None:
 
 def test_a_consumer_that_hangs_is_cut_and_others_are_answered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(http, "LIFE_SECONDS", 0.3)
+    made: list[object] = []
+    connection_made = http._Bounded.connection_made
+
+    def counted(self: http._Bounded, transport: asyncio.Transport) -> None:
+        connection_made(self, transport)
+        made.append(self)
+
+    monkeypatch.setattr(http._Bounded, "connection_made", counted)
 
     async def scenario(port: int) -> None:
         hanging = [await asyncio.open_connection("127.0.0.1", port) for _ in range(20)]
         for _, writer in hanging[:10]:
             writer.write(b"GET /metrics HTTP/1.1\r\nHost: x\r\n")  # and never the end of it
+        while len(made) < len(hanging):
+            await asyncio.sleep(0.005)
+        monkeypatch.setattr(http, "LIFE_SECONDS", 60.0)  # of the one that does not hang
         assert (await get(port, "/livez"))[0] == 200
         for reader, writer in hanging:
             with suppress(ConnectionResetError):
-                assert await asyncio.wait_for(reader.read(), 10) == b""
+                assert await asyncio.wait_for(reader.read(), 60) == b""
             writer.close()
 
     served(scenario)

@@ -176,7 +176,7 @@ def test_a_parked_call_gets_its_task_when_it_is_woken_from_another_thread() -> N
         await asyncio.sleep(0)
         work.tasks["a"] = task(1)
         await asyncio.to_thread(polls.wake_soon)
-        found = await asyncio.wait_for(parked, 10)
+        found = await asyncio.wait_for(parked, 60)
         return found, len(polls)
 
     found, left = asyncio.run(scenario())
@@ -210,7 +210,7 @@ def test_nodes_are_asked_in_the_order_in_which_they_came_and_none_is_left_out() 
         work.tasks = {node: task(1, node) for node in nodes}
         for _ in range(50):  # more announcements than passes
             polls.wake_soon()
-        return order, await asyncio.wait_for(asyncio.gather(*parked), 10)
+        return order, await asyncio.wait_for(asyncio.gather(*parked), 60)
 
     order, found = asyncio.run(scenario())
     assert order == nodes
@@ -234,7 +234,7 @@ def test_an_announcement_during_a_pass_makes_another_pass() -> None:
         parked = [asyncio.create_task(polls.park(node, 30.0)) for node in ("a", "b")]
         await asyncio.sleep(0)
         polls.wake_soon()
-        late = await asyncio.wait_for(parked[0], 10)
+        late = await asyncio.wait_for(parked[0], 60)
         parked[1].cancel()
         return late
 
@@ -248,11 +248,11 @@ def test_a_second_call_of_a_node_takes_the_place_of_the_first() -> None:
         first = asyncio.create_task(polls.park("a", 30.0))
         await asyncio.sleep(0)
         second = asyncio.create_task(polls.park("a", 30.0))
-        nothing = await asyncio.wait_for(first, 10)
+        nothing = await asyncio.wait_for(first, 60)
         parked = len(polls)
         work.tasks["a"] = task(1)
         polls.wake_soon()
-        return nothing, parked, await asyncio.wait_for(second, 10)
+        return nothing, parked, await asyncio.wait_for(second, 60)
 
     nothing, parked, found = asyncio.run(scenario())
     assert (nothing, parked, found.task_id) == (None, 1, b"\1")
@@ -278,7 +278,7 @@ def test_a_drain_answers_everybody_and_parks_nobody() -> None:
         parked = [asyncio.create_task(polls.park(node, 30.0)) for node in "abc"]
         await asyncio.sleep(0)
         polls.empty()
-        return await asyncio.wait_for(asyncio.gather(*parked), 10), polls.full
+        return await asyncio.wait_for(asyncio.gather(*parked), 60), polls.full
 
     assert asyncio.run(scenario()) == ([None, None, None], True)
 

@@ -50,7 +50,7 @@ class Uploading(Coordinator):
             for _ in range(1 + task.client % 2):
                 self.upload(task, update)
         place = Place(body.update.digest, len(update))
-        return self.runs.accept(task, body, request, place).result(timeout=30)
+        return self.runs.accept(task, body, request, place).result(timeout=120)
 
     def upload(self, task: Any, update: bytes, size: int | None = None) -> bytes:
         """The whole update, or its first bytes; the name of the upload."""

@@ -68,7 +68,7 @@ def test_threads_that_store_the_same_leave_one_object(objects: Objects) -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(10)
+        thread.join(60)
     assert files(objects) == [objects.path(digest_of(content))]
     assert objects.read(digest_of(content)) == content
 

@@ -281,10 +281,10 @@ def test_too_few_clients_wait_with_a_visible_counter_and_then_fail(tmp_path: Pat
     made = Coordinator(tmp_path / "state", Key.new(), make_nodes(tmp_path, 2)).start()
     try:
         run_id = submit(made, settings(deployment={"wait": 0.3}))
-        seen: set[str] = set()
-        made.serve(run_id, until=lambda: seen.add(made.runs.get(run_id).detail) or False)
+        made.serve(run_id)
+        said = [json.loads(event.data).get("detail") for event in made.runs.events(run_id, 0)]
         found = made.runs.get(run_id)
-        assert "waiting for clients: 2 of 4 are there" in seen
+        assert "waiting for clients: 2 of 4 are there" in said
         assert found.state == "failed"
         assert "not_enough_clients: 2 of 4" in found.detail
     finally:
@@ -465,10 +465,10 @@ def test_what_is_over_is_cleared_away(coordinator: Coordinator) -> None:
     """R23: rows and files of windows that nobody returns to are gone; the folder has the whole journal."""
     run_id = submit(coordinator, settings(run={"rounds": 12}))
     assert coordinator.serve(run_id) == "ok"
+    coordinator.runs.pause(run_id)  # waits for what comes after the last word, and pauses nothing
+    tables = (tasks, submissions, journal)
     with coordinator.database.read() as connection:
-        counts = [
-            len(connection.execute(select(table.c[0])).all()) for table in (tasks, submissions, journal)
-        ]
+        counts = [len(connection.execute(select(table.c[0])).all()) for table in tables]
     assert counts[0] <= 2 * N
     assert counts[1] <= 2 * N
     assert counts[2] <= 2 * (N + 3)

@@ -183,7 +183,7 @@ def test_reading_while_another_thread_appends(segments: Segments) -> None:
     for i in range(50, 100):
         put(segment, bytes([i]) * 500)
     for thread in threads:
-        thread.join(10)
+        thread.join(60)
     assert wrong == []
 
 

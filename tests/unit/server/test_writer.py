@@ -50,10 +50,10 @@ class Hold:
 
         def operation(connection: Connection) -> None:
             begun.set()
-            assert self._go.wait(10)
+            assert self._go.wait(60)
 
         self.future = database.writer.submit(operation)
-        assert begun.wait(10)
+        assert begun.wait(60)
 
     def release(self) -> None:
         self._go.set()
@@ -86,7 +86,7 @@ def test_operations_that_wait_share_one_commit_and_keep_their_order(database: Da
     hold = Hold(database)
     futures = [database.writer.submit(put(f"{i:03}")) for i in range(writer_module.GROUP + 5)]
     hold.release()
-    assert [f.result(10) for f in futures] == [f"{i:03}" for i in range(writer_module.GROUP + 5)]
+    assert [f.result(60) for f in futures] == [f"{i:03}" for i in range(writer_module.GROUP + 5)]
     assert len(seen) == 3  # the one that held, a full group, the rest
 
 
@@ -99,12 +99,12 @@ def test_an_operation_that_fails_undoes_only_itself(database: Database) -> None:
     seen = commits(database)
     before, failed, twice, after = [database.writer.submit(o) for o in (put("a"), half, put("a"), put("b"))]
     hold.release()
-    assert before.result(10) == "a"
+    assert before.result(60) == "a"
     with pytest.raises(ValueError, match="no"):
-        failed.result(10)
+        failed.result(60)
     with pytest.raises(IntegrityError):
-        twice.result(10)
-    assert after.result(10) == "b"
+        twice.result(60)
+    assert after.result(60) == "b"
     assert keys(database) == {"a", "b"}
     assert len(seen) == 2
 
@@ -122,7 +122,7 @@ def test_what_follows_runs_in_order_after_the_commit_and_before_any_future_is_do
     hold = Hold(database)
     futures += [database.writer.submit(put(key), after) for key in "abc"]
     hold.release()
-    wait(futures, 10)
+    wait(futures, 60)
     assert [(key, there) for key, there, _ in told] == [(key, {"a", "b", "c"}) for key in "abc"]
     assert all(done == [False] * 3 for _, _, done in told)
 
@@ -131,7 +131,7 @@ def test_what_follows_is_not_called_for_what_failed(database: Database) -> None:
     told: list[str] = []
     database.writer.run(put("a"))
     with pytest.raises(IntegrityError):
-        database.writer.submit(put("a"), told.append).result(10)
+        database.writer.submit(put("a"), told.append).result(60)
     assert told == []
 
 
@@ -140,7 +140,7 @@ def test_a_mistake_in_what_follows_is_told_and_the_writer_goes_on(database: Data
         raise KeyError(key)
 
     with pytest.raises(KeyError):
-        database.writer.submit(put("a"), after).result(10)
+        database.writer.submit(put("a"), after).result(60)
     assert database.writer.run(put("b")) == "b"
     assert keys(database) == {"a", "b"}
 
@@ -165,7 +165,7 @@ def test_a_file_is_synced_once_per_group_before_the_commit(database: Database) -
     hold = Hold(database)
     futures = [database.writer.submit(operation(key)) for key in "abc"]
     hold.release()
-    wait(futures, 10)
+    wait(futures, 60)
     assert File.calls == 1
     assert keys(database) == {"a", "b", "c"}
     database.writer.run(put("d"))
@@ -188,7 +188,7 @@ def test_a_sync_that_fails_fails_the_whole_group_and_leaves_no_row(database: Dat
     hold.release()
     for future in futures:
         with pytest.raises(StorageFull):
-            future.result(10)
+            future.result(60)
     assert keys(database) == set()
     assert told == []
     assert database.writer.run(put("c")) == "c"
@@ -219,7 +219,7 @@ def test_a_full_disk_found_by_one_operation_concerns_its_whole_group(database: D
     hold.release()
     for future in futures:
         with pytest.raises(StorageFull):
-            future.result(10)
+            future.result(60)
     assert keys(database) == set()
 
 
@@ -230,9 +230,9 @@ def test_a_full_disk_beside_the_database_concerns_one_operation(database: Databa
     hold = Hold(database)
     fine, full = database.writer.submit(put("a")), database.writer.submit(operation)
     hold.release()
-    assert fine.result(10) == "a"
+    assert fine.result(60) == "a"
     with pytest.raises(StorageFull, match="for this update"):
-        full.result(10)
+        full.result(60)
 
 
 @pytest.mark.parametrize(
@@ -254,10 +254,10 @@ def test_a_commit_that_fails_fails_everybody_and_keeps_nothing(
     futures.append(database.writer.submit(arm))
     hold.release()
     # The operation that holds is a group of its own, committed before `arm` runs.
-    hold.future.result(10)
+    hold.future.result(60)
     for future in futures:
         with pytest.raises(kind) as caught:
-            future.result(10)
+            future.result(60)
         assert getattr(caught.value, "unknown", None) is unknown
     assert told == []
     assert keys(database) == set()
@@ -323,7 +323,7 @@ def test_what_was_cancelled_while_waiting_is_left_out(database: Database) -> Non
     cancelled, kept = database.writer.submit(put("a")), database.writer.submit(put("b"))
     assert cancelled.cancel()
     hold.release()
-    assert kept.result(10) == "b"
+    assert kept.result(60) == "b"
     assert keys(database) == {"b"}
 
 
@@ -334,7 +334,7 @@ def test_closing_carries_out_what_was_submitted_and_refuses_the_rest(tmp_path: P
     closing = threading.Thread(target=database.close)
     closing.start()
     hold.release()
-    closing.join(10)
+    closing.join(60)
     assert [f.result(0) for f in futures] == [f"{i:03}" for i in range(200)]
     with pytest.raises(LedgerClosed):
         database.writer.submit(put("late"))
@@ -352,7 +352,7 @@ def test_many_threads_submit_at_once(database: Database) -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(30)
+        thread.join(60)
     assert len(keys(database)) == 400
 
 
@@ -384,7 +384,7 @@ def test_requests_of_one_kind_that_wait_are_carried_out_together(database: Datab
     futures.append(database.writer.submit(put("c")))  # in between: the order is kept
     futures += [database.writer.submit_item(kind, key) for key in "de"]
     hold.release()
-    assert [future.result(10) for future in futures] == ["A", "B", "c", "D", "E"]
+    assert [future.result(60) for future in futures] == ["A", "B", "c", "D", "E"]
     assert kind.calls == [["a", "b"], ["d", "e"]]
     assert kind.told == [["A", "B"], ["D", "E"]]
     assert keys(database) == set("abcde")
@@ -395,11 +395,11 @@ def test_a_request_that_fails_is_undone_alone(database: Database) -> None:
     kind, hold = Puts(), Hold(database)
     futures = [database.writer.submit_item(kind, key) for key in ("a", "", "b", "a")]
     hold.release()
-    assert [futures[i].result(10) for i in (0, 2)] == ["A", "B"]
+    assert [futures[i].result(60) for i in (0, 2)] == ["A", "B"]
     with pytest.raises(ValueError, match="no key"):
-        futures[1].result(10)
+        futures[1].result(60)
     with pytest.raises(IntegrityError):
-        futures[3].result(10)
+        futures[3].result(60)
     assert keys(database) == {"a", "b"}
     assert kind.told == [["A"], ["B"]]
 
@@ -414,6 +414,6 @@ def test_results_that_do_not_fit_their_requests_are_a_mistake_and_the_writer_goe
     hold.release()
     for future in futures[:2]:
         with pytest.raises(ValueError, match="longer"):
-            future.result(10)
-    assert futures[2].result(10) == "c"
+            future.result(60)
+    assert futures[2].result(60) == "c"
     assert keys(database) == set("abc")
