@@ -26,6 +26,14 @@ STOPPING = "stopping", "after the open round"
 """State and detail of a run that an operator has told to end."""
 
 
+class Stop(Exception):
+    """The run stops where it is, with this state of the run; everything is in the ledger."""
+
+    def __init__(self, state: str, detail: str = "") -> None:
+        super().__init__(detail)
+        self.state, self.detail = state, detail
+
+
 class Forgotten(NamedTuple):
     """What rows were named that are gone.
 

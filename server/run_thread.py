@@ -37,7 +37,7 @@ from fedsim.server.logs import fields
 from fedsim.server.members import Members
 from fedsim.server.planning import Planner
 from fedsim.server.remote import Past, RemoteEngine
-from fedsim.server.run_ledger import FINISHED, FOR_GOOD, STOPPING, Forgotten, RunLedger, Window
+from fedsim.server.run_ledger import FINISHED, FOR_GOOD, STOPPING, Forgotten, RunLedger, Stop, Window
 from fedsim.server.run_state import Saved
 from fedsim.server.segments import Segments
 from fedsim.server.server_run import ServerRun
@@ -49,14 +49,6 @@ log = logging.getLogger(__name__)
 KEEP = 2  # states that a run can be taken up from
 NO_SPACE = "storage: no space left"
 """How the detail of a run begins that paused because a disk was full."""
-
-
-class Stop(Exception):
-    """The run stops where it is, with this state of the run; everything is in the ledger."""
-
-    def __init__(self, state: str, detail: str = "") -> None:
-        super().__init__(detail)
-        self.state, self.detail = state, detail
 
 
 class RunThread(threading.Thread):
@@ -468,6 +460,9 @@ class RunThread(threading.Thread):
 
     def _finish(self, state: str, detail: str) -> None:
         reached("before_finish")
+        if not self.run_parts.synchronous and hasattr(self, "_records"):
+            # Versions since the last checkpoint are in the ledger's journal alone.
+            run_folder.append_journal(self.folder, self.ledger.entries(self._archived, self._archived))
         run_folder.complete(self.folder, self.run_parts, self.progress, state, detail)
 
     def _say(self, state: str, detail: str) -> Forgotten | None:

@@ -7,10 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
+from fedsim.config import load_config
 from fedsim.identity import Key
 from fedsim.server import runs
 from fedsim.server.run_thread import RunThread
+from fedsim.simulation.replay import Replay, read_journal
 from tests.fleet import Coordinator, make_nodes, toml_of
 from tests.wired import config
 
@@ -76,6 +80,35 @@ def test_a_stop_that_comes_while_the_run_ends_is_not_its_last_word(
     assert coordinator.runs.stop(run_id, False).state == "stopped"
     states = [event.data for event in coordinator.runs.events(run_id, 0) if event.type == "state"]
     assert '"stopped"' in states[-1]
+
+
+@pytest.mark.parametrize("now", [True, False])
+def test_a_stop_between_two_checkpoints_leaves_the_journal_of_the_model(
+    coordinator: Coordinator, monkeypatch: pytest.MonkeyPatch, now: bool
+) -> None:
+    """The stop comes when the version before has been committed without a checkpoint."""
+    values = config(
+        "fedbuff", scheduler={"name": "buffer", "size": 2}, round={"sample": 3}, run={"rounds": 50},
+        deployment={"min_clients": N, "checkpoint_every": 20},
+    )  # fmt: skip
+    values["output"] = {"report": False, "plots": False}
+    plain = RunThread._commit
+
+    def commit(thread: RunThread, record: Any, outcome: str) -> None:
+        plain(thread, record, outcome)
+        if record["round"] == 7:
+            thread.halt("stopped") if now else thread.end_after_round("stopped")
+
+    monkeypatch.setattr(RunThread, "_commit", commit)
+    run_id = coordinator.runs.submit(toml_of(values), "run", "", "").run_id
+    assert coordinator.serve(run_id).startswith("stopped")
+    coordinator.runs.pause(run_id)  # returns when its last word is said
+    folder = coordinator.runs.folder(run_id)
+    loaded = load_config(folder / "config.toml", sets=["run.rounds=7"]).config
+    replay = Replay(loaded, read_journal(folder / "journal.jsonl"))
+    assert len(list(replay)) == 8
+    want, got = replay.model_tensors(), load_file(folder / "checkpoints" / "final.safetensors")
+    assert all(torch.equal(want[name], got[name]) for name in want)
 
 
 def test_a_run_that_was_told_to_end_does_not_say_that_it_goes_on(coordinator: Coordinator) -> None:
