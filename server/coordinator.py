@@ -32,7 +32,7 @@ from fedsim.server.fleet_parts import FleetParts
 from fedsim.server.frames import add_fleet
 from fedsim.server.health import DRAINING, OPENING, STORAGE, Health
 from fedsim.server.http import HttpServer, read_token
-from fedsim.server.leases import standstill
+from fedsim.server.leases import STANDSTILL_SECONDS, standstill
 from fedsim.server.logs import start_logging, stop_logging
 from fedsim.server.server_run import ServerRun
 from fedsim.server.services import Services
@@ -272,10 +272,12 @@ class Coordinator:
         """Leases and nodes whose time is over."""
         leases = self.settings.leases
         gap = standstill(leases.seconds, leases.heartbeat_seconds, look_seconds=_LOOK_SECONDS)
+        late = False
         while True:
             await asyncio.sleep(_LOOK_SECONDS)
             try:
-                self._fleet.look_after(gap)
+                # A loop that is late each time hears its nodes all the same, and must see who is silent.
+                late = self._fleet.look_after(STANDSTILL_SECONDS if late else gap)
             except Exception:
                 log.exception("leases could not be looked after; tried again in %g s", _LOOK_SECONDS)
 

@@ -263,11 +263,14 @@ class Fleet(FleetServicer):
         self.draining = True
         self.polls.empty()
 
-    def look_after(self, gap_seconds: float) -> None:
+    def look_after(self, gap_seconds: float) -> bool:
         """End leases and forget nodes whose time is over; called about once a second.
 
         Args:
             gap_seconds: a longer pause since the last call means that this process stood still.
+
+        Returns:
+            Whether it did.
         """
         stood_still = self.leases.gap() > gap_seconds
         if stood_still:
@@ -279,6 +282,7 @@ class Fleet(FleetServicer):
             self._runs.expired(task_id)
         self.presence.sweep(parked=self.polls.__contains__)
         self._sightings.write()
+        return stood_still
 
     def _peer(self, context: Any) -> Peer:
         """Who calls; operators log in, renew their tickets and say goodbye here as well."""

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from fedsim.server.board import OpenTask
 
 
-_STANDSTILL_SECONDS = 5.0
+STANDSTILL_SECONDS = 5.0
 
 
 def standstill(seconds: float, heartbeat_seconds: float, *, look_seconds: float) -> float:
@@ -33,7 +33,7 @@ def standstill(seconds: float, heartbeat_seconds: float, *, look_seconds: float)
     """
     # Half of what a node may be silent for: the other half is its own.
     most = min(seconds, HEARTBEATS * heartbeat_seconds) / 2
-    return max(1.5 * look_seconds, min(_STANDSTILL_SECONDS, most))
+    return max(1.5 * look_seconds, min(STANDSTILL_SECONDS, most))
 
 
 class Held(NamedTuple):

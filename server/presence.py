@@ -42,8 +42,8 @@ class Presence:
 
     @property
     def told(self) -> frozenset[str]:
-        """Those of which the runs know: a run that begins now has them."""
-        return self._told
+        """Those of them of which the runs know: a run that begins now has them."""
+        return frozenset(self._told & self._heard.keys())
 
     def heard(self, node_id: str) -> None:
         """A call of this node arrived."""

@@ -75,16 +75,21 @@ class RunTable:
         ledger = RunLedger(self.database, run_id)
         self.database.writer.run(lambda connection: ledger.set_state(connection, state, detail))
 
-    def set_stopping(self, run_id: str) -> None:
-        """A run that goes on will end after its open round; one that has ended meanwhile stays as it is."""
+    def set_stopping(self, run_id: str) -> str:
+        """A run that goes on will end after its open round; one that has ended meanwhile stays as it is.
+
+        Returns:
+            The state that it was in.
+        """
         ledger = RunLedger(self.database, run_id)
 
-        def operation(connection: Connection) -> None:
-            state = connection.execute(select(runs.c.state).where(runs.c.run_id == run_id)).scalar()
+        def operation(connection: Connection) -> str:
+            state = str(connection.execute(select(runs.c.state).where(runs.c.run_id == run_id)).scalar())
             if state == "running":
                 ledger.set_state(connection, *STOPPING)
+            return state
 
-        self.database.writer.run(operation)
+        return self.database.writer.run(operation)
 
     def count_recovery(self, run_id: str) -> None:
         """The run is taken up once more."""

@@ -262,8 +262,6 @@ class RunThread(threading.Thread):
             together=run.synchronous and run.config.round.overcommit == 1.0,
         )
         run.join(self.engine, self.members)
-        if self._halt is not None:
-            raise self._halt
         if state is not None:
             run.started = True
             run.failed_in_a_row = saved.failed_in_a_row
@@ -284,6 +282,8 @@ class RunThread(threading.Thread):
             run.after_failure(RunFailed("the last round failed", code="FS-RUN-021"))
         if entries:
             log.info("taken up, %d entries of the journal again", len(entries), extra=self._about())
+        if self._halt is not None:  # not before: what ends here is the run as it was left
+            raise self._halt
 
     def _sound(self, committed: list[Window]) -> Window | None:
         """The newest window whose state is intact; the one before where the disk damaged it."""

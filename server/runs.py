@@ -285,21 +285,22 @@ class Runs:
 
     def stop(self, run: str, now: bool) -> pb.Run:
         """End a run, after its open round or at once."""
-        thread = self._thread(self._table.find(run).run_id)
-        row = self._table.find(run)
-        if thread is None:
-            if row.state not in FINISHED:
-                self._set_state(row.run_id, "stopped", "by an operator")
-                self.leftovers.run_over(row.run_id, "stopped", Forgotten())
-                self._say_over(row.name)
-        elif now:
-            thread.halt("stopped", "by an operator")
+        run_id = self._table.find(run).run_id
+        thread, by = self._thread(run_id), "by an operator"
+        if thread is not None:
+            if not now:
+                thread.end_after_round("stopped", by)
+                if self._table.set_stopping(run_id) != "paused":
+                    self.on_events()
+                    return self.get(run_id)
+            thread.halt("stopped", by)  # too late for one that was about to pause
             thread.join()
-        else:
-            thread.end_after_round("stopped", "by an operator")
-            self._table.set_stopping(row.run_id)
-            self.on_events()
-        return self.get(row.run_id)
+        row = self._table.find(run_id)
+        if row.state not in FINISHED:
+            self._set_state(run_id, "stopped", by)
+            self.leftovers.run_over(run_id, "stopped", Forgotten())
+            self._say_over(row.name)
+        return self.get(run_id)
 
     def events(self, run_id: str, after: int) -> Sequence[pb.Event]:
         """What happened in a run after a revision, oldest first; 1,000 at most."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -21,6 +20,7 @@ if TYPE_CHECKING:
     from fedsim.progress import Progress
     from fedsim.runs.folder import RunFolder
     from fedsim.simulation.run import Simulation
+    from fedsim.simulation.session import Session
 
 Baseline = Literal["centralised", "local"]
 SERVER = "server"
@@ -176,7 +176,7 @@ def carry_on(
     *,
     expected: dict[str, Any] | None = None,
     require: bool = False,
-    command: Sequence[str] = (),
+    session: Session | None = None,
 ) -> None:
     """The rounds that are left, shown; then the end block and, where it is one, the error."""
     with uncollected(keep=True):
@@ -195,7 +195,7 @@ def carry_on(
     settings.result = {"path": str(folder.path)}  # what an error from here on is about
     view = view_for(settings, folder.name, rounds=rounds, metric=sim.evaluator.names[0])
     with log_to_stderr(settings), view, stop_on_signal(view.stopping) as stop:
-        outcome = execute(sim, folder, on_record=view.record, stop=stop, progress=progress, command=command)
+        outcome = execute(sim, folder, on_record=view.record, stop=stop, progress=progress, session=session)
     data = run_data(folder)
     lines = end_block(folder, data, rounds=rounds, expected=expected)
     unmet = require and outcome.outcome != "target"
@@ -247,7 +247,7 @@ def resume(
         from fedsim.config import load_config
         from fedsim.runs.folder import CONFIG, REPORT, RunFolder
         from fedsim.runs.report import write_report
-        from fedsim.simulation.session import REMOTE
+        from fedsim.simulation.session import REMOTE, Session
         from fedsim.simulation.session import resume as continue_run
     settings = settings_of(context)
     import_from_here()
@@ -263,15 +263,7 @@ def resume(
         output.result(settings, data, lines + end_block(folder, data, rounds=config.run.rounds))
         return
     sim, progress = continue_run(folder, rounds=rounds)
-    done = sim.federation.state.round_index
-    if rounds is not None and rounds < done:
-        raise ConfigError(
-            f"the run has completed {done} rounds already",
-            code="FS-CFG-023",
-            where=f"--rounds {rounds}",
-            hint=f"give at least {done}",
-        )
-    carry_on(settings, sim, folder, progress, command=sys.argv)
+    carry_on(settings, sim, folder, progress, session=Session(sys.argv, rounds))
 
 
 def tune(

@@ -10,7 +10,7 @@ from fedsim.config import to_toml
 from fedsim.runs.folder import RunFolder
 from fedsim.runs.result import RunResult
 from fedsim.simulation.run import Simulation
-from fedsim.simulation.session import Outcome, execute
+from fedsim.simulation.session import Outcome, Session, execute
 from fedsim.simulation.session import resume as continue_run
 
 
@@ -28,7 +28,9 @@ def resume(path: str | Path, *, rounds: int | None = None, **objects: Any) -> Ru
     """
     folder = RunFolder(Path(path))
     sim, progress = continue_run(folder, rounds=rounds, **objects)
-    return _result(sim, folder, execute(sim, folder, progress=progress, command=["fedsim.resume"]))
+    return _result(
+        sim, folder, execute(sim, folder, progress=progress, session=Session(["fedsim.resume"], rounds))
+    )
 
 
 def simulate(

@@ -7,11 +7,11 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from fedsim.build import build_data
 from fedsim.config import load_config, to_toml
-from fedsim.errors import ConfigError, RunFailed
+from fedsim.errors import ConfigError, EnvironmentProblem, RunFailed
 from fedsim.federated_run import Record
 from fedsim.progress import Progress, progress_of, target_of
 from fedsim.runs.folder import CONFIG, RunFolder
@@ -25,6 +25,18 @@ from fedsim.storage import write_atomically
 log = logging.getLogger(__name__)
 
 REMOTE = "remote"  # the engine of runs on a coordinator
+
+
+class Session(NamedTuple):
+    """What goes on with a run.
+
+    Args:
+        command: for the manifest.
+        rounds: new total, None for that of before.
+    """
+
+    command: Sequence[str]
+    rounds: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +80,7 @@ def execute(
     on_record: Callable[[Record], None] = lambda record: None,
     stop: Callable[[], bool] = lambda: False,
     progress: Progress | None = None,
-    command: Sequence[str] = (),
+    session: Session | None = None,
 ) -> Outcome:
     """Run to the end, to the target, to a failure, or until `stop`, and complete the folder.
 
@@ -78,10 +90,11 @@ def execute(
         on_record: called after a record and its client lines are on disk.
         stop: asked after every round.
         progress: of a resumed run, from `resume`.
-        command: that resumed it, for the manifest.
+        session: that goes on with it.
 
     Raises:
-        ConfigError: ``[evaluation] best`` or ``target`` cannot be understood.
+        ConfigError: ``[evaluation] best`` or ``target`` cannot be understood; FS-CFG-023, the session asks
+            for fewer rounds than there are.
         EnvironmentProblem: the folder cannot be written or another process works in it; what was
             committed before stays.
     """
@@ -95,8 +108,8 @@ def execute(
             if progress is not None:
                 # Only now is the folder ours: another process may have gone on since `resume` looked.
                 current = _take_up(sim, folder)
-            if command:
-                _begin_session(sim, folder, command)
+            if session is not None:
+                _begin(session, sim, folder)
             outcome = _rounds(sim, folder, current, met, on_record, stop)
             folder.finish(outcome.summary)
             _draw(sim, folder)
@@ -201,7 +214,8 @@ def resume(folder: RunFolder, *, rounds: int | None = None, **objects: Any) -> t
     Raises:
         EnvironmentProblem: another process works in the folder.
         RunFailed: the checkpoint is damaged or does not fit.
-        ConfigError: the run was made of Python objects and they are not given.
+        ConfigError: the run was made of Python objects and they are not given; FS-CFG-023, it has more
+            rounds than `rounds`.
     """
     with folder.locked():  # nothing of a run that another process writes may be cut back
         pass
@@ -219,7 +233,10 @@ def resume(folder: RunFolder, *, rounds: int | None = None, **objects: Any) -> t
     sim.keep_state_in(folder.state_folder)
     progress = progress_of(sim.config, sim.evaluator.names)
     path = checkpoint_path(folder)
-    return sim, replace(progress, **load_run(sim, path)) if path.exists() else progress
+    if path.exists():
+        progress = replace(progress, **load_run(sim, path))
+    _check_rounds(rounds, sim)
+    return sim, progress
 
 
 def _take_up(sim: Simulation, folder: RunFolder) -> Progress:
@@ -234,12 +251,32 @@ def _take_up(sim: Simulation, folder: RunFolder) -> Progress:
     return progress
 
 
-def _begin_session(sim: Simulation, folder: RunFolder, command: Sequence[str]) -> None:
+def _begin(session: Session, sim: Simulation, folder: RunFolder) -> None:
     """Note that the run goes on, and to how many rounds; under the lock."""
-    folder.add_session(command)
     path = folder.path / CONFIG
-    if load_config(path).config.run.rounds != sim.config.run.rounds:
+    rounds = load_config(path).config.run.rounds
+    if session.rounds is None and rounds != sim.config.run.rounds:
+        raise EnvironmentProblem(
+            f"another process has extended the run to {rounds} rounds meanwhile",
+            code="FS-ENV-025",
+            where=str(folder.path),
+            hint="resume it again",
+        )
+    _check_rounds(session.rounds, sim)
+    folder.add_session(session.command)
+    if rounds != sim.config.run.rounds:
         write_atomically(path, to_toml(sim.config).encode())
+
+
+def _check_rounds(rounds: int | None, sim: Simulation) -> None:
+    done = sim.federation.state.round_index
+    if rounds is not None and rounds < done:
+        raise ConfigError(
+            f"the run has completed {done} rounds already",
+            code="FS-CFG-023",
+            where=f"--rounds {rounds}",
+            hint=f"give at least {done}",
+        )
 
 
 def again(folder: RunFolder, *, sets: Sequence[str] = (), **objects: Any) -> Simulation:

@@ -14,7 +14,7 @@ import secrets
 import signal
 import sys
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import FrameType
@@ -27,7 +27,7 @@ from fedsim.runs.folder import MANIFEST, RunFolder
 from fedsim.runs.lines import Record
 from fedsim.runs.manifest import Facts
 from fedsim.simulation.run import Simulation
-from fedsim.simulation.session import execute, resume
+from fedsim.simulation.session import Session, execute, resume
 from fedsim.storage import problem, write_atomically
 from fedsim.sweep.state import STARTING, Place, fields
 
@@ -93,11 +93,11 @@ def work(task: Task, pipe: Connection) -> None:
 
 
 def _carry_on(task: Task, place: Place, stop: _Stop) -> tuple[str, Mapping[str, Any] | None]:
-    command: Sequence[str] = ()
+    session: Session | None = None
     if place.exists(task.cell):
         folder = place.folder(task.cell)
         sim, progress = resume(folder)
-        command = task.command
+        session = Session(task.command)
     else:
         config = config_from(task.config, {})
         if config.engine.workers is None:  # a cell is one process: others are at work beside it
@@ -107,18 +107,18 @@ def _carry_on(task: Task, place: Place, stop: _Stop) -> tuple[str, Mapping[str, 
             return "interrupted", None
         folder = _begin(task, place, sim)
         sim.keep_state_in(folder.state_folder)
-    return _rounds(sim, folder, progress, command, stop)
+    return _rounds(sim, folder, progress, session, stop)
 
 
 def _rounds(
-    sim: Simulation, folder: RunFolder, progress: Progress | None, command: Sequence[str], stop: _Stop
+    sim: Simulation, folder: RunFolder, progress: Progress | None, session: Session | None, stop: _Stop
 ) -> tuple[str, Mapping[str, Any] | None]:
     metric = sim.evaluator.names[0]
 
     def told(record: Record) -> None:
         stop.tell("round", int(record["round"]), metric, record.get(metric))
 
-    outcome = execute(sim, folder, on_record=told, stop=stop, progress=progress, command=command)
+    outcome = execute(sim, folder, on_record=told, stop=stop, progress=progress, session=session)
     return outcome.outcome, None if outcome.error is None else fields(outcome.error)
 
 

@@ -19,7 +19,7 @@ from fedsim.errors import ConfigError, DataError, EnvironmentProblem, FedsimErro
 from fedsim.opaque_client import LocalData, LocalTask
 from fedsim.runs.folder import RunFolder
 from fedsim.runs.lines import Record
-from fedsim.simulation.session import execute, resume
+from fedsim.simulation.session import Session, execute, resume
 from fedsim.transform import Observed, UpdateTransform
 from tests.processes import script
 
@@ -325,21 +325,26 @@ def test_a_resume_that_comes_while_another_goes_on_leaves_the_run_as_it_is(
 ) -> None:
     settings: dict[str, Any] = {"model": "logistic", "data": data, "sample": 3, "sections": QUIET}
     folder = RunFolder(fedsim.simulate(rounds=1, runs=tmp_path, **settings).path)
-    one, other = (resume(folder, rounds=rounds, data=data) for rounds in (3, 5))
+    one, other = resume(folder, rounds=3, data=data), resume(folder, data=data)
     refused = []
 
     def late(record: Record) -> None:
         with pytest.raises(EnvironmentProblem) as found:
-            execute(other[0], folder, progress=other[1], command=["late"])
+            execute(other[0], folder, progress=other[1], session=Session(["late"]))
         refused.append(found.value.code)
 
-    execute(one[0], folder, on_record=late, progress=one[1], command=["first"])
+    execute(one[0], folder, on_record=late, progress=one[1], session=Session(["first"], 3))
     assert refused == ["FS-ENV-025"] * 2
     document = folder.manifest
     assert [(s["command"], s["outcome"]) for s in document["sessions"]][1:] == [(["first"], "ok")]
     assert document["outcome"] == "ok"
     assert document["files"]
     assert load_config(folder.path / "config.toml").config.run.rounds == 3
+    with pytest.raises(EnvironmentProblem, match="extended the run to 3 rounds meanwhile"):
+        execute(other[0], folder, progress=other[1], session=Session(["stale"]))
+    with pytest.raises(ConfigError, match="completed 3 rounds already"):
+        fedsim.resume(folder.path, rounds=2, data=data)
+    assert folder.manifest == document
 
 
 def test_objects_print_in_a_notebook_without_their_contents(

@@ -386,10 +386,12 @@ def test_who_is_online_and_who_the_runs_know_of_are_told_apart() -> None:
         before = [presence.online, presence.told]
         while not told:
             await asyncio.sleep(0.01)
+        before.append(presence.told)
+        presence.gone("a")
         return [*before, presence.told, *told]
 
     a, nobody = frozenset("a"), frozenset[str]()
-    assert asyncio.run(scenario()) == [a, nobody, a, a]
+    assert asyncio.run(scenario()) == [a, nobody, a, nobody, a]
 
 
 @pytest.mark.parametrize(

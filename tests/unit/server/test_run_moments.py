@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from safetensors.torch import load_file
 from fedsim.config import load_config
 from fedsim.identity import Key
 from fedsim.server import runs
-from fedsim.server.run_thread import RunThread
+from fedsim.server.run_thread import NO_SPACE, RunThread
 from fedsim.simulation.replay import Replay, read_journal
 from tests.fleet import Coordinator, make_nodes, toml_of
 from tests.wired import config
@@ -80,6 +82,54 @@ def test_a_stop_that_comes_while_the_run_ends_is_not_its_last_word(
     assert coordinator.runs.stop(run_id, False).state == "stopped"
     states = [event.data for event in coordinator.runs.events(run_id, 0) if event.type == "state"]
     assert '"stopped"' in states[-1]
+
+
+@pytest.mark.parametrize("now", [True, False])
+def test_a_stop_that_comes_while_the_run_pauses_is_a_stop(
+    coordinator: Coordinator, monkeypatch: pytest.MonkeyPatch, now: bool
+) -> None:
+    """It would go on by itself as soon as the disk has room again."""
+    run_id = submit(coordinator)
+    thread = coordinator.runs._threads[run_id]
+    plain = thread._say
+
+    def say(state: str, detail: str) -> Any:
+        gone = plain(state, detail)
+        if state == "paused":  # and before the thread has ended
+            stopped.append(operator.submit(coordinator.runs.stop, run_id, now))
+            while (told := thread._halt if now else thread.ending) is None or told.state != "stopped":
+                time.sleep(0.005)
+        return gone
+
+    operator, stopped = ThreadPoolExecutor(1), list[Future[Any]]()
+    monkeypatch.setattr(thread, "_say", say)
+    monkeypatch.setattr(coordinator.runs, "_thread", coordinator.runs._threads.get)
+    thread.halt("paused", f"{NO_SPACE} in the state folder")
+    thread.join()
+    assert stopped[0].result(60).state == "stopped"
+    assert coordinator.runs.get(run_id).state == "stopped"
+
+
+def test_a_run_that_is_stopped_while_it_is_taken_up_keeps_its_model(
+    coordinator: Coordinator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_id = submit(coordinator)
+    coordinator.serve(run_id, until=lambda: coordinator.runs.get(run_id).rounds_done >= 1)
+    coordinator.runs.stop(run_id, True)
+    final = coordinator.runs.folder(run_id) / "checkpoints" / "final.safetensors"
+    before, plain = load_file(final), RunThread._take_up
+
+    def taken_up(thread: RunThread) -> None:
+        thread.halt("stopped")
+        plain(thread)
+
+    monkeypatch.setattr(RunThread, "_take_up", taken_up)
+    coordinator.runs.resume(run_id)
+    while run_id in coordinator.runs._threads:
+        time.sleep(0.005)
+    assert coordinator.runs.get(run_id).state == "stopped"
+    after = load_file(final)
+    assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 @pytest.mark.parametrize("now", [True, False])
