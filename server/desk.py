@@ -121,6 +121,12 @@ class Desk:
 
         return self._decide(task, operation)
 
+    def withdraw_those(self, gone: Callable[[str], bool]) -> None:
+        """Withdraw what nodes hold or have answered of whom `gone` says so; waits for the ledger."""
+        for task in list(self.engine.tasks.values()):
+            if task.status in (OPEN, ANSWERED) and gone(task.node_id):
+                self.withdraw(task).result()
+
     def _note(
         self, connection: Connection, task: OpenTask, kind: str, now: float, more: Mapping[str, object]
     ) -> list[Entry]:

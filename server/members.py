@@ -82,6 +82,10 @@ class Members:
         with self._changed:
             self._gone.add(node_id)
 
+    def is_revoked(self, node_id: str) -> bool:
+        """Whether this node takes no part any more."""
+        return node_id in self._gone
+
     def there(self, ids: Ids) -> Bools:
         """[b] whether each of these clients can be asked now."""
         return np.array([self._is_there(client) for client in ids.tolist()], bool)

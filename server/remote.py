@@ -111,6 +111,7 @@ class RemoteEngine:
         self.cancelled: list[bytes] = []  # tasks of rounds that are over, likewise
         # Set by the run's thread, but for `settle`; read within the writer's order.
         self.accepting = not any(e.kind == "settle" for e in self.playback.decisions)
+        self.on_caught_up: Callable[[], None] = lambda: None  # what was decided before is decided again
         self._settled: set[bytes] = set()  # tasks whose answers went into the open window's version
         self._announced: dict[TaskKey, None] = {}  # told to the federation, in that order
         self._unsaved: list[tuple[int, str, float, Mapping[str, Any]]] = []
@@ -192,6 +193,7 @@ class RemoteEngine:
     def settle(self) -> list[Event]:
         entry = self._decided("settle")
         if entry is None:
+            self._catch_up()
 
             def close(connection: Connection) -> list[Entry]:
                 self.accepting = False
@@ -211,6 +213,7 @@ class RemoteEngine:
         while True:
             entry = self.playback.event()
             if entry is None:
+                self._catch_up()
                 self.accepting = True
                 entry = self.inbox.next(self.window, self._nothing_out)
             if entry is None:
@@ -233,6 +236,11 @@ class RemoteEngine:
                 ids.append(event.ids)
                 versions.append(event.base_version)
         return Arrived(np.concatenate(ids), np.concatenate(versions))
+
+    def _catch_up(self) -> None:
+        """From here on things happen for the first time."""
+        caught_up, self.on_caught_up = self.on_caught_up, lambda: None
+        caught_up()
 
     def _nothing_out(self) -> bool:
         return not any(task.status == OPEN for task in self.tasks.values())

@@ -191,14 +191,10 @@ class Runs:
         """This node takes no part any more; its answers in open windows do not count."""
         with self._nodes:
             self._revoked.add(node_id)
-            threads = list(self._threads.items())
-            for _, thread in threads:
+            for thread in list(self._threads.values()):
                 thread.members.revoke(node_id)
-        for run_id, thread in threads:
-            desk = self._desks.get(run_id)
-            if desk is not None:
-                for task in [t for t in list(thread.engine.tasks.values()) if t.node_id == node_id]:
-                    desk.withdraw(task).result()
+        for desk in list(self._desks.values()):
+            desk.withdraw_those(node_id.__eq__)
 
     # ------------------------------------------------------------ for operators
 
@@ -401,7 +397,7 @@ class Runs:
 
     def _ready(self, thread: RunThread) -> None:
         limits = thread.run_parts.config.deployment
-        self._desks[thread.ledger.run_id] = Desk(
+        desk = self._desks[thread.ledger.run_id] = Desk(
             thread.engine,
             self.board,
             self.segments,
@@ -410,6 +406,8 @@ class Runs:
             max_attempts=limits.max_attempts,
             waits=limits.on_expired == "wait",
         )
+        # Answers of before whose nodes were revoked while the run paused do not count either.
+        thread.engine.on_caught_up = lambda: desk.withdraw_those(thread.members.is_revoked)
 
     def _ended(self, thread: RunThread) -> None:
         with self._door:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 
 from fedsim.config import load_config
 from fedsim.identity import Key
+from fedsim.pb import federation_pb2 as pb
 from fedsim.server import runs
 from fedsim.server.run_thread import NO_SPACE, RunThread
 from fedsim.simulation.replay import Replay, read_journal
@@ -65,6 +67,30 @@ def test_a_node_that_is_revoked_while_a_run_begins_is_not_asked(
     coordinator.serve(run_id, until=lambda: any(map(coordinator.runs.offer, others)))
     assert coordinator.runs.offer(gone) is None
     assert coordinator.runs.get(run_id).online == N - 1
+
+
+def test_an_answer_does_not_count_whose_node_is_revoked_while_the_run_pauses(
+    coordinator: Coordinator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_id = submit(coordinator)
+    thread = coordinator.runs._threads[run_id]
+    tasks: list[Any] = []
+    while len(tasks) < N:
+        tasks = [task for node in coordinator.nodes if (task := coordinator.runs.offer(node.node_id))]
+    monkeypatch.setattr(thread.engine, "deliver", lambda entries: None)  # in the ledger, and no further
+    for node, task in list(zip(coordinator.nodes, tasks, strict=True))[:2]:
+        decision = coordinator.turn(node, task)
+        assert decision is not None
+        assert decision.verdict == pb.ACCEPTED
+    thread.halt("paused")
+    thread.join()
+    coordinator.runs.revoke(coordinator.nodes[0].node_id)
+    coordinator.runs.resume(run_id)
+    coordinator.serve(run_id, until=lambda: coordinator.runs.get(run_id).rounds_done >= 1)
+    coordinator.runs.stop(run_id, True)
+    metrics = (coordinator.runs.folder(run_id) / "metrics.jsonl").read_text().splitlines()
+    record = json.loads(metrics[1])
+    assert (record["received"], record["refused"]) == (N - 1, 1)
 
 
 def test_a_stop_that_comes_while_the_run_ends_is_not_its_last_word(
