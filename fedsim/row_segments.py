@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedsim.storage import problem, sync_file, unreadable
+from fedsim.storage import problem, sync_file, unreadable, write_all
 from fedsim.types import Ids
 
 SEGMENT_BYTES = 16 << 20
@@ -160,30 +160,28 @@ def _look(path: Path, size: int) -> None:
 
 def _write(path: Path, content: memoryview, offset: int) -> None:
     try:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            while content:
-                written = os.pwrite(handle, content, offset)
-                content, offset = content[written:], offset + written
-        finally:
-            os.close(handle)
+        with open(path, "r+b", buffering=0, opener=_open_or_make) as file:
+            file.seek(offset)
+            write_all(file.fileno(), content)
     except OSError as error:
         raise problem(error, path) from error
 
 
 def _read(path: Path, into: memoryview, offset: int) -> None:
     try:
-        handle = os.open(path, os.O_RDONLY)
-        try:
+        with path.open("rb", buffering=0) as file:
+            file.seek(offset)
             while into:
-                read = os.preadv(handle, [into], offset)
+                read = file.readinto(into)
                 if not read:
                     raise OSError(errno.EIO, _SHORT)
-                into, offset = into[read:], offset + read
-        finally:
-            os.close(handle)
+                into = into[read:]
     except OSError as error:
         raise unreadable(error, path) from error
+
+
+def _open_or_make(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_CREAT, 0o644)
 
 
 class RowsAt(NamedTuple):

@@ -118,7 +118,7 @@ def append_whole(path: Path, content: bytes) -> None:
         raise problem(error, path) from error
 
 
-def write_all(handle: int, content: bytes) -> None:
+def write_all(handle: int, content: bytes | memoryview) -> None:
     """Write every byte; one call may write fewer than it was given, as on a disk that is filling up."""
     rest = memoryview(content)
     while rest:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import time
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -74,11 +74,12 @@ def test_an_answer_does_not_count_whose_node_is_revoked_while_the_run_pauses(
 ) -> None:
     run_id = submit(coordinator)
     thread = coordinator.runs._threads[run_id]
-    tasks: list[Any] = []
-    while len(tasks) < N:
-        tasks = [task for node in coordinator.nodes if (task := coordinator.runs.offer(node.node_id))]
+    nodes = [node.node_id for node in coordinator.nodes]
+    coordinator.serve(run_id, until=lambda: all(map(coordinator.runs.offer, nodes)))
+    tasks = list(map(coordinator.runs.offer, nodes))
     monkeypatch.setattr(thread.engine, "deliver", lambda entries: None)  # in the ledger, and no further
     for node, task in list(zip(coordinator.nodes, tasks, strict=True))[:2]:
+        assert task is not None
         decision = coordinator.turn(node, task)
         assert decision is not None
         assert decision.verdict == pb.ACCEPTED
@@ -123,15 +124,21 @@ def test_a_stop_that_comes_while_the_run_pauses_is_a_stop(
         gone = plain(state, detail)
         if state == "paused":  # and before the thread has ended
             stopped.append(operator.submit(coordinator.runs.stop, run_id, now))
-            while (told := thread._halt if now else thread.ending) is None or told.state != "stopped":
-                time.sleep(0.005)
+            asked.wait(60)
         return gone
 
+    def ask(state: str, detail: str = "") -> None:
+        tell(state, detail)
+        asked.set()
+
     operator, stopped = ThreadPoolExecutor(1), list[Future[Any]]()
+    asked, tell = threading.Event(), thread.halt if now else thread.end_after_round
     monkeypatch.setattr(thread, "_say", say)
     monkeypatch.setattr(coordinator.runs, "_thread", coordinator.runs._threads.get)
-    thread.halt("paused", f"{NO_SPACE} in the state folder")
-    thread.join()
+    halt = thread.halt
+    monkeypatch.setattr(thread, "halt" if now else "end_after_round", ask)
+    halt("paused", f"{NO_SPACE} in the state folder")
+    thread.join(120)
     assert stopped[0].result(60).state == "stopped"
     assert coordinator.runs.get(run_id).state == "stopped"
 
@@ -151,9 +158,7 @@ def test_a_run_that_is_stopped_while_it_is_taken_up_keeps_its_model(
 
     monkeypatch.setattr(RunThread, "_take_up", taken_up)
     coordinator.runs.resume(run_id)
-    while run_id in coordinator.runs._threads:
-        time.sleep(0.005)
-    assert coordinator.runs.get(run_id).state == "stopped"
+    assert coordinator.serve(run_id).startswith("stopped")
     after = load_file(final)
     assert all(torch.equal(before[name], after[name]) for name in before)
 
